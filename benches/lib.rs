@@ -1,0 +1,1 @@
+//! Measurements of podnet; see the files beside this one.

@@ -1,0 +1,1 @@
+//! The lab: hosts, pods and wires made of network namespaces. See the module documentation.

@@ -1,0 +1,1 @@
+//! Tests of podnet as a whole; see the files beside this one.
