@@ -1,5 +1,7 @@
 //! podnet
 
+pub mod admission;
+pub mod backend;
 pub mod clock;
 pub mod config;
 pub mod driver;
