@@ -112,6 +112,8 @@ fn defaults_of_lengths_and_bounds_are_flannels() {
         r#"{"Network":"10.3.0.0/29","SubnetLen":30}"#,
         r#"{"Network":"10.3.0.0/16","SubnetMin":"10.2.255.0"}"#,
         r#"{"Network":"10.3.0.0/16","SubnetMax":"10.3.0.0"}"#,
+        r#"{"Network":"10.3.0.0/16","SubnetMax":"10.3.9.1"}"#,
+        r#"{"Network":"10.3.0.0/16","SubnetLen":25,"SubnetMax":"10.3.9.64"}"#,
         r#"{"EnableIPv4":false}"#,
     ] {
         assert!(allocating(bad).is_err(), "{bad}");
