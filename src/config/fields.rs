@@ -14,12 +14,18 @@ use super::error::Problems;
 /// The fields of a backend's section, which a backend takes by name in
 /// [`NetworkConfig::read_backend`](super::NetworkConfig::read_backend).
 ///
-/// A field of the wrong type, or outside what is allowed, counts as absent and makes the whole reading fail.
-#[derive(Debug)]
+/// A field of the wrong type, or outside what is allowed, counts as absent and makes the whole reading fail. Printing it
+/// shows names, no values.
 pub struct Fields<'a> {
     prefix: &'static str,
     pairs: Vec<(String, &'a RawValue)>,
     pub(super) problems: Problems,
+}
+
+impl fmt::Debug for Fields<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.names()).finish()
+    }
 }
 
 /// What a field's value is not.
@@ -71,6 +77,25 @@ impl<'a> Fields<'a> {
             }
         }
         value
+    }
+
+    /// Makes the reading fail for a reason that only the backend knows, such as a text that is not one of its words. The
+    /// value does not get into the error: it may be a secret.
+    ///
+    /// ```
+    /// # use podnet::config::NetworkConfig;
+    /// # use podnet::types::Stack;
+    /// let config = NetworkConfig::new(Stack::V4("10.42.0.0/16".parse()?))?
+    ///     .with_backend(r#"{"Type":"wireguard","Mode":"IPv4"}"#)?;
+    /// let error = config.read_backend(|fields| match fields.text("Mode").as_deref() {
+    ///     None | Some("separate") => {}
+    ///     Some(_) => fields.refuse("Mode", "separate"),
+    /// });
+    /// assert_eq!(error.unwrap_err().problems[0].to_string(), "Backend.Mode is something else; allowed: separate");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn refuse(&mut self, name: &str, allowed: &str) {
+        self.problems.add(format!("{}{name}", self.prefix), Some("something else".into()), allowed);
     }
 
     /// The names of all fields, as written.

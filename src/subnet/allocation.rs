@@ -1,6 +1,7 @@
 //! Which subnet a new node gets, by flannel's rule: a random one of the first hundred that are free.
 //! Pure: the store says what is taken and brings the chance. It reserves nothing.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
@@ -13,12 +14,60 @@ use crate::types::Stack;
 /// seldom pick the same one.
 pub const CANDIDATES: usize = 100;
 
+/// The subnets that nobody else can have, in order: those of leases and of reservations. They may overlap, and one that is
+/// inserted twice is removed twice.
+///
+/// Inserting and removing cost log n, so that a store with thousands of leases need not look at all of them each time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Taken {
+    v4: BTreeMap<Span, usize>,
+    v6: BTreeMap<Span, usize>,
+}
+
+impl Taken {
+    /// Takes subnets.
+    pub fn insert(&mut self, subnets: &Stack<Ipv4Network, Ipv6Network>) {
+        for (spans, span) in self.halves(subnets) {
+            *spans.entry(span).or_default() += 1;
+        }
+    }
+
+    /// Frees subnets; what is not taken is left alone.
+    pub fn remove(&mut self, subnets: &Stack<Ipv4Network, Ipv6Network>) {
+        for (spans, span) in self.halves(subnets) {
+            if let Some(times) = spans.get_mut(&span) {
+                *times -= 1;
+                if *times == 0 {
+                    spans.remove(&span);
+                }
+            }
+        }
+    }
+
+    fn halves(
+        &mut self,
+        subnets: &Stack<Ipv4Network, Ipv6Network>,
+    ) -> impl Iterator<Item = (&mut BTreeMap<Span, usize>, Span)> {
+        let v4 = subnets.v4().map(|n| (&mut self.v4, span::<Ipv4Addr>(*n)));
+        let v6 = subnets.v6().map(|n| (&mut self.v6, span::<Ipv6Addr>(*n)));
+        v4.into_iter().chain(v6)
+    }
+}
+
+impl<'a> FromIterator<&'a Stack<Ipv4Network, Ipv6Network>> for Taken {
+    fn from_iter<T: IntoIterator<Item = &'a Stack<Ipv4Network, Ipv6Network>>>(all: T) -> Self {
+        let mut taken = Taken::default();
+        all.into_iter().for_each(|subnets| taken.insert(subnets));
+        taken
+    }
+}
+
 /// A subnet of each family, independently of the other.
 ///
 /// `previous` is kept for each family in which it is in the range and overlaps nothing that is taken. `pick` is given a
 /// number n, at least 1, and returns one below it.
 ///
-/// Costs a sort of what is taken: n log n, however large the range is.
+/// One sweep over what is taken, up to the hundredth free subnet, however large the range is.
 ///
 /// # Errors
 ///
@@ -26,31 +75,27 @@ pub const CANDIDATES: usize = 100;
 ///
 /// ```
 /// use podnet::config::NetConf;
-/// use podnet::subnet::allocation::allocate;
+/// use podnet::subnet::allocation::{Taken, allocate};
 /// use podnet::types::Stack;
 ///
 /// let config = NetConf::from_json(r#"{"Network":"10.42.0.0/16"}"#)?.for_allocation()?;
 /// let ranges = config.allocation().unwrap();
-/// let taken = [Stack::V4("10.42.1.0/24".parse()?)];
+/// let mut taken = Taken::default();
+/// taken.insert(&Stack::V4("10.42.1.0/24".parse()?));
 /// let subnets = allocate(ranges, None, &taken, |_| 0)?;
 /// assert_eq!(subnets, Stack::V4("10.42.2.0/24".parse()?));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub fn allocate<'a>(
+pub fn allocate(
     ranges: &Stack<SubnetRange<Ipv4Addr>, SubnetRange<Ipv6Addr>>,
     previous: Option<&Stack<Ipv4Network, Ipv6Network>>,
-    taken: impl IntoIterator<Item = &'a Stack<Ipv4Network, Ipv6Network>>,
+    taken: &Taken,
     mut pick: impl FnMut(usize) -> usize,
 ) -> Result<Stack<Ipv4Network, Ipv6Network>, SubnetError> {
-    let (mut taken4, mut taken6) = (Vec::new(), Vec::new());
-    for subnets in taken {
-        taken4.extend(subnets.v4().copied());
-        taken6.extend(subnets.v6().copied());
-    }
     let previous4 = previous.and_then(|p| p.v4().copied());
     let previous6 = previous.and_then(|p| p.v6().copied());
-    let v4 = ranges.v4().map(|range| allocate_in(range, previous4, taken4, &mut pick)).transpose()?;
-    let v6 = ranges.v6().map(|range| allocate_in(range, previous6, taken6, &mut pick)).transpose()?;
+    let v4 = ranges.v4().map(|range| allocate_in(range, previous4, &taken.v4, &mut pick)).transpose()?;
+    let v6 = ranges.v6().map(|range| allocate_in(range, previous6, &taken.v6, &mut pick)).transpose()?;
     Stack::from_halves(v4, v6).ok_or_else(|| SubnetError::Invalid {
         object: "the range of subnets".into(),
         reason: "it has no family".into(),
@@ -75,19 +120,17 @@ pub fn fits(
 fn allocate_in<A: Address>(
     range: &SubnetRange<A>,
     previous: Option<A::Network>,
-    taken: Vec<A::Network>,
+    taken: &BTreeMap<Span, usize>,
     pick: &mut impl FnMut(usize) -> usize,
 ) -> Result<A::Network, SubnetError> {
-    let mut taken: Vec<Span> = taken.into_iter().map(span::<A>).collect();
-    taken.sort_unstable();
     if let Some(previous) = previous.filter(|p| range.holds(*p)) {
         let wanted = span::<A>(previous);
-        if !taken.iter().any(|t| t.first <= wanted.last && wanted.first <= t.last) {
+        if !taken.keys().any(|t| t.first <= wanted.last && wanted.first <= t.last) {
             let (address, len) = A::parts(previous);
             return Ok(address.network(len).unwrap_or(previous));
         }
     }
-    let free = first_free(range, &taken);
+    let free = first_free(range, taken.keys());
     let chosen = if free.is_empty() { None } else { free.get(pick(free.len()) % free.len()) };
     chosen
         .and_then(|number| A::from_number(*number).network(range.subnet_len()))
@@ -110,10 +153,10 @@ fn span<A: Address>(network: A::Network) -> Span {
 
 /// The first free subnets, found in one sweep: from one end of what is taken to the next, whatever lies between.
 /// `taken` is sorted; its members may overlap.
-fn first_free<A: Address>(range: &SubnetRange<A>, taken: &[Span]) -> Vec<u128> {
+fn first_free<'a, A: Address>(range: &SubnetRange<A>, taken: impl Iterator<Item = &'a Span>) -> Vec<u128> {
     let (step, last) = (range.subnet_size(), range.last().to_number());
     let mut free = Vec::new();
-    let mut taken = taken.iter().peekable();
+    let mut taken = taken.peekable();
     let mut candidate = Some(range.first().to_number());
     while let Some(first) = candidate.filter(|first| *first <= last && free.len() < CANDIDATES) {
         // Aligned, so this does not overflow.
@@ -154,7 +197,11 @@ mod tests {
     fn free4(range: &SubnetRange<Ipv4Addr>, taken: &[&str]) -> Vec<String> {
         let mut taken: Vec<_> = taken.iter().map(|t| span::<Ipv4Addr>(t.parse().unwrap())).collect();
         taken.sort();
-        first_free(range, &taken).into_iter().map(|n| Ipv4Addr::from_number(n).to_string()).collect()
+        first_free(range, taken.iter()).into_iter().map(|n| Ipv4Addr::from_number(n).to_string()).collect()
+    }
+
+    fn spans(taken: &[&str]) -> BTreeMap<Span, usize> {
+        taken.iter().map(|t| (span::<Ipv4Addr>(t.parse().unwrap()), 1)).collect()
     }
 
     #[test]
@@ -177,29 +224,28 @@ mod tests {
         let range = config.allocation().unwrap().v6().unwrap();
         let all_but_last = span::<Ipv6Addr>("ffff::/16".parse().unwrap());
         let last = range.last().to_number();
-        assert_eq!(first_free(range, &[Span { last: last - 1, ..all_but_last }]), [last]);
-        assert!(first_free(range, &[all_but_last]).is_empty());
+        assert_eq!(first_free(range, [Span { last: last - 1, ..all_but_last }].iter()), [last]);
+        assert!(first_free(range, [all_but_last].iter()).is_empty());
     }
 
     #[test]
     fn chance_picks_among_the_first_hundred() {
         let range = range4("10.0.0.0/8", 24);
         let mut asked = 0;
-        let subnet = allocate_in(&range, None, vec!["10.0.1.0/24".parse().unwrap()], &mut |n| {
+        let subnet = allocate_in(&range, None, &spans(&["10.0.1.0/24"]), &mut |n| {
             asked = n;
             n - 1
         });
         assert_eq!((asked, subnet.unwrap().to_string().as_str()), (100, "10.0.101.0/24"));
         // A source that does not keep to its bounds does no harm.
-        assert!(allocate_in(&range, None, vec![], &mut |_| usize::MAX).is_ok());
+        assert!(allocate_in(&range, None, &spans(&[]), &mut |_| usize::MAX).is_ok());
     }
 
     #[test]
     fn a_previous_subnet_is_kept_where_it_is_free_and_fits() {
         let range = range4("10.3.0.0/16", 24);
         let with = |previous: &str, taken: &[&str]| {
-            let taken = taken.iter().map(|t| t.parse().unwrap()).collect();
-            allocate_in(&range, Some(previous.parse().unwrap()), taken, &mut |_| 0).unwrap().to_string()
+            allocate_in(&range, Some(previous.parse().unwrap()), &spans(taken), &mut |_| 0).unwrap().to_string()
         };
         assert_eq!(with("10.3.77.0/24", &["10.3.1.0/24"]), "10.3.77.0/24");
         assert_eq!(with("10.3.77.1/24", &[]), "10.3.77.0/24", "as subnet.env has it");
@@ -216,10 +262,10 @@ mod tests {
         let ranges = config.allocation().unwrap();
         let previous = Stack::Dual("10.3.0.8/30".parse().unwrap(), "fc00:0:0:9::/64".parse().unwrap());
         let only4 = Stack::V4("10.3.0.8/30".parse().unwrap());
-        let got = allocate(ranges, Some(&previous), [&only4], |_| 0).unwrap();
+        let got = allocate(ranges, Some(&previous), &Taken::from_iter([&only4]), |_| 0).unwrap();
         assert_eq!(got, Stack::Dual("10.3.0.4/30".parse().unwrap(), "fc00:0:0:9::/64".parse().unwrap()));
         let full = Stack::V4("10.3.0.0/28".parse().unwrap());
-        let error = allocate(ranges, Some(&previous), [&full], |_| 0).unwrap_err();
+        let error = allocate(ranges, Some(&previous), &Taken::from_iter([&full]), |_| 0).unwrap_err();
         assert_eq!(error, SubnetError::OutOfSubnets { total: 3, range: "10.3.0.4/30 to 10.3.0.12/30".into() });
         assert!(fits(ranges, &previous) && !fits(ranges, &only4));
     }
@@ -228,11 +274,22 @@ mod tests {
     fn thousands_of_leases_are_one_sweep() {
         // One candidate after the other against each lease would be 2e10 steps: this test would not end.
         let range = range4("10.0.0.0/8", 26);
-        let taken: Vec<Stack<Ipv4Network, Ipv6Network>> = (1..200_000_u32)
+        let taken: Vec<_> = (1..200_000_u32)
             .map(|i| Stack::V4(Ipv4Network::new(Ipv4Addr::from_bits(0x0a00_0000 + i * 64), 26).unwrap()))
             .collect();
-        let got = allocate(&Stack::V4(range), None, &taken, |_| 0).unwrap();
+        let got = allocate(&Stack::V4(range), None, &taken.iter().collect(), |_| 0).unwrap();
         assert_eq!(got, Stack::V4(Ipv4Network::new(Ipv4Addr::from_bits(0x0a00_0000 + 200_000 * 64), 26).unwrap()));
+    }
+
+    #[test]
+    fn what_is_taken_twice_is_free_when_it_is_freed_twice() {
+        let (a, b) = (Stack::V4("10.3.1.0/24".parse().unwrap()), Stack::V4("10.3.1.7/24".parse().unwrap()));
+        let mut taken = Taken::from_iter([&a, &b]);
+        taken.remove(&a);
+        assert_eq!(taken, Taken::from_iter([&a]));
+        taken.remove(&a);
+        taken.remove(&a);
+        assert_eq!(taken, Taken::default());
     }
 
     proptest! {
@@ -256,7 +313,8 @@ mod tests {
             let (first, last) = (range.first().to_number(), range.last().to_number());
             let free: Vec<u128> = (first..=last).step_by(16).filter(|c| !blocked.contains(c)).take(CANDIDATES).collect();
 
-            match allocate_in(&range, previous, taken, &mut |_| chance) {
+            let spans = taken.iter().map(|t| (span::<Ipv4Addr>(*t), 1)).collect();
+            match allocate_in(&range, previous, &spans, &mut |_| chance) {
                 Err(_) => prop_assert!(free.is_empty()),
                 Ok(got) => {
                     prop_assert!(range.holds(got));

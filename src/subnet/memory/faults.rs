@@ -13,13 +13,18 @@ use crate::types::NodeName;
 
 /// The methods of [`SubnetManager`](crate::subnet::SubnetManager).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs)]
 pub enum Call {
+    /// `network`.
     Network,
+    /// `acquire`.
     Acquire,
+    /// `publish`.
     Publish,
+    /// `renew`.
     Renew,
+    /// `release`.
     Release,
+    /// `watch`: the call itself. What its stream suffers is [`Faults::cut_watches`] and [`Disturbance`].
     Watch,
 }
 

@@ -16,7 +16,7 @@ use super::{MemorySubnets, default_clock};
 use crate::clock::{Clock, Moment};
 use crate::config::{NetworkConfig, SubnetRange};
 use crate::lease::{Lease, LeaseEvent, Offer, OwnLease, Precedence};
-use crate::subnet::allocation::{allocate, fits};
+use crate::subnet::allocation::{Taken, allocate, fits};
 use crate::subnet::{LeaseRequest, OwnedLease, SubnetError};
 use crate::types::{NodeName, Stack};
 
@@ -59,6 +59,8 @@ pub(super) struct State {
     held: BTreeMap<NodeName, Held>,
     /// Who of the held expires when: the same as in `held`, by time.
     expiries: BTreeSet<(Moment, NodeName)>,
+    /// The subnets of everything in `assigned` and `held`, for allocation.
+    taken: Taken,
     came: u64,
     pub(super) watchers: BTreeMap<u64, Watcher>,
     watched: u64,
@@ -81,6 +83,7 @@ impl State {
             assigned: BTreeMap::new(),
             held: BTreeMap::new(),
             expiries: BTreeSet::new(),
+            taken: Taken::default(),
             came: 0,
             watchers: BTreeMap::new(),
             watched: 0,
@@ -96,15 +99,16 @@ impl State {
             (Some((subnets, since)), _) => (*subnets, Some(*since), None),
             (None, None) => return Err(SubnetError::NotAssigned { node: node.clone() }),
             (None, Some(ranges)) => {
-                let kept = self.held.get(node).map(|h| h.lease.subnets).filter(|s| fits(ranges, s));
-                let subnets = match kept {
-                    Some(subnets) => subnets,
+                let own = self.held.get(node).map(|h| h.lease.subnets);
+                let subnets = match own.filter(|own| fits(ranges, own)) {
+                    Some(kept) => kept,
                     None => {
-                        let held = self.held.iter().filter(|(n, _)| *n != node).map(|(_, h)| &h.lease.subnets);
-                        let reserved = self.assigned.values().map(|(subnets, _)| subnets);
+                        // A lease of its own that does not fit is no obstacle to a new one.
+                        own.iter().for_each(|own| self.taken.remove(own));
                         let random = &mut self.random;
-                        let pick = |n| random.below(n);
-                        allocate(ranges, request.previous.as_ref(), held.chain(reserved), pick)?
+                        let new = allocate(ranges, request.previous.as_ref(), &self.taken, |n| random.below(n));
+                        own.iter().for_each(|own| self.taken.insert(own));
+                        new?
                     }
                 };
                 (subnets, None, Some(self.clock.now().saturating_add(self.term)))
@@ -161,7 +165,10 @@ impl State {
             Some((_, since)) => *since,
             None => self.next_comer(),
         };
-        self.assigned.insert(node.clone(), (subnets, since));
+        self.taken.insert(&subnets);
+        if let Some((before, _)) = self.assigned.insert(node.clone(), (subnets, since)) {
+            self.taken.remove(&before);
+        }
         let Some(held) = self.held.get(node) else { return };
         let changed = held.lease.subnets != subnets;
         let lease = Lease { subnets, ..held.lease.clone() };
@@ -172,7 +179,8 @@ impl State {
     }
 
     pub(super) fn unassign(&mut self, node: &NodeName) {
-        if self.assigned.remove(node).is_some() {
+        if let Some((subnets, _)) = self.assigned.remove(node) {
+            self.taken.remove(&subnets);
             self.remove(node, Some("its assignment was withdrawn"));
         }
     }
@@ -194,6 +202,7 @@ impl State {
     /// Takes a lease away. `lost` is what its owner is told; `None`: it knows.
     pub(super) fn remove(&mut self, node: &NodeName, lost: Option<&str>) {
         let Some(held) = self.held.remove(node) else { return };
+        self.taken.remove(&held.lease.subnets);
         if let Some(moment) = held.expires {
             self.expiries.remove(&(moment, node.clone()));
         }
@@ -217,6 +226,15 @@ impl State {
         }
     }
 
+    /// Whether what is kept twice agrees.
+    #[cfg(test)]
+    pub(super) fn is_consistent(&self) -> bool {
+        let held = self.held.values().map(|h| &h.lease.subnets);
+        let expiries = self.held.iter().filter_map(|(node, h)| Some((h.expires?, node.clone())));
+        self.taken == held.chain(self.assigned.values().map(|(subnets, _)| subnets)).collect()
+            && self.expiries == expiries.collect()
+    }
+
     pub(super) fn next_expiry(&self) -> Option<Moment> {
         self.expiries.first().map(|(moment, _)| *moment)
     }
@@ -230,9 +248,12 @@ impl State {
     fn put(&mut self, lease: Lease, expires: Option<Moment>) -> OwnedLease {
         let node = lease.node.clone();
         let owned = OwnedLease { lease: lease.clone(), remaining: self.remaining(expires) };
-        let before = self.held.insert(node.clone(), Held { lease, expires }).and_then(|h| h.expires);
-        if let Some(moment) = before {
-            self.expiries.remove(&(moment, node.clone()));
+        self.taken.insert(&lease.subnets);
+        if let Some(before) = self.held.insert(node.clone(), Held { lease, expires }) {
+            self.taken.remove(&before.lease.subnets);
+            if let Some(moment) = before.expires {
+                self.expiries.remove(&(moment, node.clone()));
+            }
         }
         if let Some(moment) = expires {
             self.expiries.insert((moment, node));

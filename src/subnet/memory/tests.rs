@@ -448,6 +448,7 @@ proptest! {
                 let state = store.shared.lock();
                 let (held, now) = (state.leases(), clock.now());
                 assert!(state.next_expiry().is_none_or(|moment| moment > now));
+                assert!(state.is_consistent());
                 drop(state);
                 assert!(held.len() <= 4);
             }
