@@ -1,0 +1,3 @@
+//! What tests of podnet, of embedders and of third-party backends stand on. Not for production.
+
+pub mod manual_clock;
