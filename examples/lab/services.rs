@@ -1,21 +1,25 @@
 //! The service address of the cluster's DNS, as kube-proxy would have it: an nftables table of the lab's own, `ip lab-services`.
 //!
 //! It is not part of a pod network, so podnet must live beside it: it redirects what is sent to the service to a pod, and nothing else.
-//! It never masquerades what leaves the node; only a pod that reaches a pod of its own node *through the service* gets the node as its source, since
-//! the answer would otherwise go straight back over the bridge, past the connection tracking that must translate it.
+//! It never masquerades what leaves the node; only who reaches a pod of this node *through the service* gets the bridge's address as its source, since
+//! a neighbour's answer would otherwise go straight back over the bridge, past the connection tracking that must translate it.
 
 use std::io;
 use std::net::Ipv4Addr;
 
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate, InetHookNumber, Meta,
-    MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
+    ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate,
+    InetHookNumber, Meta, MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute,
+    RuleMessage, TableAttribute, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
 
 use crate::{Host, LabError};
 
@@ -49,14 +53,22 @@ pub struct Service {
 impl Service {
     /// The cluster's DNS at [`DNS_SERVICE`], port 53, answered by this pod.
     pub fn dns(backend: Ipv4Addr) -> Self {
-        Self { address: DNS_SERVICE, port: 53, backend }
+        Self {
+            address: DNS_SERVICE,
+            port: 53,
+            backend,
+        }
     }
 }
 
 /// Puts the table with these services into a node, in the place of the one that was there; one transaction.
 pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
     // Adding it first makes deleting it always succeed.
-    let mut batch = vec![new_table(TABLE), delete_table_message(TABLE), new_table(TABLE)];
+    let mut batch = vec![
+        new_table(TABLE),
+        delete_table_message(TABLE),
+        new_table(TABLE),
+    ];
     for (chain, hook, priority) in [
         ("prerouting", InetHookNumber::PreRouting, PRIORITY_DSTNAT),
         ("output", InetHookNumber::LocalOut, PRIORITY_DSTNAT),
@@ -78,7 +90,10 @@ pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
 /// The names of the nftables tables of a host, as `FAMILY NAME` (`ip lab-services`), in the kernel's order.
 pub fn tables(host: &Host) -> Result<Vec<String>, LabError> {
     let get = NfTablesMessage::GetTable(TableMessage { attributes: vec![] });
-    let mut message = NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0), get));
+    let mut message = NetlinkMessage::from(NetfilterMessage::new(
+        NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0),
+        get,
+    ));
     message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     host.netns().open("listing nftables tables", || {
         let socket = socket()?;
@@ -89,7 +104,9 @@ pub fn tables(host: &Host) -> Result<Vec<String>, LabError> {
             for message in messages(&answer)? {
                 match message.payload {
                     NetlinkPayload::Done(_) => return Ok(names),
-                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    NetlinkPayload::Error(error) if error.code.is_some() => {
+                        return Err(error.to_io());
+                    }
                     NetlinkPayload::InnerMessage(message) => names.extend(table_name(&message)),
                     _ => {}
                 }
@@ -104,13 +121,26 @@ pub fn delete_table(host: &Host, table: &str) -> Result<(), LabError> {
         Some(("ip", name)) => (NetfilterProtoFamily::IPv4, name),
         Some(("ip6", name)) => (NetfilterProtoFamily::IPv6, name),
         Some(("inet", name)) => (NetfilterProtoFamily::Inet, name),
-        _ => return Err(LabError::Invalid(format!("{table:?} is no table of family ip, ip6 or inet"))),
+        _ => {
+            return Err(LabError::Invalid(format!(
+                "{table:?} is no table of family ip, ip6 or inet"
+            )));
+        }
     };
-    transaction(host, &format!("deleting table {table}"), vec![Step { family, ..delete_table_message(name) }])
+    transaction(
+        host,
+        &format!("deleting table {table}"),
+        vec![Step {
+            family,
+            ..delete_table_message(name)
+        }],
+    )
 }
 
 fn table_name(message: &NetfilterMessage) -> Option<String> {
-    let NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) = &message.inner else { return None };
+    let NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) = &message.inner else {
+        return None;
+    };
     let family = match message.header.family {
         NetfilterProtoFamily::IPv4 => "ip",
         NetfilterProtoFamily::IPv6 => "ip6",
@@ -120,10 +150,13 @@ fn table_name(message: &NetfilterMessage) -> Option<String> {
         NetfilterProtoFamily::NetDev => "netdev",
         _ => "other",
     };
-    table.attributes.iter().find_map(|attribute| match attribute {
-        TableAttribute::Name(name) => Some(format!("{family} {name}")),
-        _ => None,
-    })
+    table
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            TableAttribute::Name(name) => Some(format!("{family} {name}")),
+            _ => None,
+        })
 }
 
 // ---- the messages ----
@@ -136,25 +169,45 @@ struct Step {
 }
 
 fn step(flags: u16, message: NfTablesMessage) -> Step {
-    Step { family: NetfilterProtoFamily::IPv4, flags, message }
+    Step {
+        family: NetfilterProtoFamily::IPv4,
+        flags,
+        message,
+    }
 }
 
 fn new_table(name: &str) -> Step {
-    step(NLM_F_CREATE, NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
+    step(
+        NLM_F_CREATE,
+        NfTablesMessage::NewTable(TableMessage {
+            attributes: vec![TableAttribute::Name(name.into())],
+        }),
+    )
 }
 
 fn delete_table_message(name: &str) -> Step {
-    step(0, NfTablesMessage::DeleteTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
+    step(
+        0,
+        NfTablesMessage::DeleteTable(TableMessage {
+            attributes: vec![TableAttribute::Name(name.into())],
+        }),
+    )
 }
 
 fn new_nat_chain(name: &str, hook: InetHookNumber, priority: i32) -> Step {
     let attributes = vec![
         ChainAttribute::Table(TABLE.into()),
         ChainAttribute::Name(name.into()),
-        ChainAttribute::Hook(vec![Hook::Number(HookNumber::Inet(hook)), Hook::Priority(priority.cast_unsigned())]),
+        ChainAttribute::Hook(vec![
+            Hook::Number(HookNumber::Inet(hook)),
+            Hook::Priority(priority.cast_unsigned()),
+        ]),
         ChainAttribute::Type("nat".into()),
     ];
-    step(NLM_F_CREATE, NfTablesMessage::NewChain(ChainMessage { attributes }))
+    step(
+        NLM_F_CREATE,
+        NfTablesMessage::NewChain(ChainMessage { attributes }),
+    )
 }
 
 fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
@@ -163,7 +216,10 @@ fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
         RuleAttribute::Chain(chain.into()),
         RuleAttribute::Expressions(expressions.into_iter().map(Into::into).collect()),
     ];
-    step(NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }))
+    step(
+        NLM_F_CREATE | NLM_F_APPEND,
+        NfTablesMessage::NewRule(RuleMessage { attributes }),
+    )
 }
 
 /// `ip daddr SERVICE meta l4proto PROTOCOL th dport PORT dnat to BACKEND`
@@ -171,7 +227,10 @@ fn redirect(service: &Service, protocol: u8) -> Vec<Expressions> {
     vec![
         load(NETWORK_HEADER, 16, 4),
         equal(service.address.octets().to_vec()),
-        Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::L4Proto)]),
+        Expressions::Meta(vec![
+            Meta::DestinationRegister(Register::Reg1),
+            Meta::Key(MetaKey::L4Proto),
+        ]),
         equal(vec![protocol]),
         load(TRANSPORT_HEADER, 2, 2),
         equal(service.port.to_be_bytes().to_vec()),
@@ -183,32 +242,39 @@ fn redirect(service: &Service, protocol: u8) -> Vec<Expressions> {
     ]
 }
 
-/// `iifname "cni0" oifname "cni0" ct status dnat masquerade`
+/// `oifname "cni0" ct status dnat masquerade`
+///
+/// No condition on the input interface: where br_netfilter is loaded, the redirection happens inside the bridge, and there is none here.
 fn hairpin_masquerade() -> Vec<Expressions> {
     /// NFT_CT_STATUS and IPS_DST_NAT (nf_tables.h, nf_conntrack_common.h).
     const CT_STATUS: u32 = 2;
     const STATUS_DST_NAT: u32 = 1 << 5;
-    let name = || {
-        let mut name = crate::pods::BRIDGE.as_bytes().to_vec();
-        name.resize(16, 0);
-        name
-    };
-    let meta = |key| Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(key)]);
+    /// IFNAMSIZ: names are compared over their whole length.
+    const NAME_LENGTH: usize = 16;
+    let mut bridge = crate::pods::BRIDGE.as_bytes().to_vec();
+    bridge.resize(NAME_LENGTH, 0);
     let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
     vec![
-        meta(MetaKey::Iifname),
-        equal(name()),
-        meta(MetaKey::Oifname),
-        equal(name()),
+        Expressions::Meta(vec![
+            Meta::DestinationRegister(Register::Reg1),
+            Meta::Key(MetaKey::Oifname),
+        ]),
+        equal(bridge),
         // NFTA_CT_DREG = 1, NFTA_CT_KEY = 2.
-        Expressions::Other { expression_type: "ct".into(), attributes: vec![value(1, u32::from(Register::Reg1)), value(2, CT_STATUS)] },
+        Expressions::Other {
+            expression_type: "ct".into(),
+            attributes: vec![value(1, u32::from(Register::Reg1)), value(2, CT_STATUS)],
+        },
         mask(STATUS_DST_NAT),
         Expressions::Cmp(vec![
             Cmp::SourceRegister(Register::Reg1),
             Cmp::Op(Operator::NotEqual),
             Cmp::Data(DataAttribute::Value(vec![0; 4])),
         ]),
-        Expressions::Other { expression_type: "masq".into(), attributes: vec![] },
+        Expressions::Other {
+            expression_type: "masq".into(),
+            attributes: vec![],
+        },
     ]
 }
 
@@ -251,7 +317,11 @@ fn dnat_to_register_1() -> Expressions {
     let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
     Expressions::Other {
         expression_type: "nat".into(),
-        attributes: vec![value(TYPE, DNAT), value(FAMILY, NFPROTO_IPV4), value(ADDRESS, u32::from(Register::Reg1))],
+        attributes: vec![
+            value(TYPE, DNAT),
+            value(FAMILY, NFPROTO_IPV4),
+            value(ADDRESS, u32::from(Register::Reg1)),
+        ],
     }
 }
 
@@ -262,7 +332,10 @@ fn transaction(host: &Host, what: &str, steps: Vec<Step>) -> Result<(), LabError
     host.netns().open(what, || {
         let control = |message| {
             let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM);
-            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, NetfilterMessageInner::None(message)));
+            let mut message = NetlinkMessage::from(NetfilterMessage::new(
+                header,
+                NetfilterMessageInner::None(message),
+            ));
             message.header.flags = NLM_F_REQUEST;
             message
         };
@@ -312,7 +385,8 @@ fn serialize(mut message: NetlinkMessage<NetfilterMessage>, sequence: u32) -> Ve
 fn messages(mut bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<NetfilterMessage>>> {
     let mut found = Vec::new();
     while !bytes.is_empty() {
-        let message = NetlinkMessage::<NetfilterMessage>::deserialize(bytes).map_err(|error| io::Error::other(error.to_string()))?;
+        let message = NetlinkMessage::<NetfilterMessage>::deserialize(bytes)
+            .map_err(|error| io::Error::other(error.to_string()))?;
         let length = (message.header.length as usize).next_multiple_of(4).max(4);
         found.push(message);
         bytes = bytes.get(length..).unwrap_or(&[]);

@@ -4,17 +4,21 @@
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use etherparse::{EtherType, IpNumber, LaxNetSlice, LaxSlicedPacket, LinkSlice, TransportSlice};
-use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, sockopt,
+};
 use serde::Serialize;
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
 
 use super::AbortOnDrop;
 use crate::error::Context as _;
+use crate::netns::register;
 use crate::{Host, LabError, wait_until};
 
 /// Frames that are kept; the oldest go first, counters go on.
@@ -123,7 +127,9 @@ pub struct CaptureReport {
 impl CaptureReport {
     /// The frames that carry VXLAN.
     pub fn vxlan(&self) -> impl Iterator<Item = (&Frame, &VxlanHeader)> {
-        self.frames.iter().filter_map(|frame| Some((frame, frame.vxlan.as_ref()?)))
+        self.frames
+            .iter()
+            .filter_map(|frame| Some((frame, frame.vxlan.as_ref()?)))
     }
 }
 
@@ -151,30 +157,53 @@ impl Capture {
     }
 
     /// Captures on an interface, keeping the frames that `wanted` says yes to; the counters count all.
-    pub async fn of(host: &Host, interface: &str, wanted: impl Fn(&Frame) -> bool + Send + 'static) -> Result<Self, LabError> {
+    pub async fn of(
+        host: &Host,
+        interface: &str,
+        wanted: impl Fn(&Frame) -> bool + Send + 'static,
+    ) -> Result<Self, LabError> {
         let index = host.link(interface).await?.index as usize;
         let what = format!("the capture on {interface} in {}", host.name());
-        let socket = host.netns().open(&format!("capturing on {interface}"), || {
-            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-            let socket = nix::sys::socket::socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
-            // As large as the machine allows; what does not fit is lost to the capture.
-            setsockopt(&socket, sockopt::RcvBuf, &(4 << 20))?;
-            Ok(socket)
-        })?;
-        let socket = AsyncFd::new(socket).context(|| format!("registering {what} with tokio"))?;
+        let socket = host
+            .netns()
+            .open(&format!("capturing on {interface}"), || {
+                let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+                let socket = nix::sys::socket::socket(
+                    AddressFamily::Packet,
+                    SockType::Raw,
+                    flags,
+                    SockProtocol::EthAll,
+                )?;
+                // As large as the machine allows; what does not fit is lost to the capture.
+                setsockopt(&socket, sockopt::RcvBuf, &(4 << 20))?;
+                Ok(socket)
+            })?;
+        let socket = register(socket).context(|| format!("registering {what} with tokio"))?;
         let store = Arc::new(Mutex::new(Store::default()));
         let task = tokio::spawn(receive(socket, index, Box::new(wanted), Arc::clone(&store)));
-        Ok(Self { store, what, _task: AbortOnDrop(task) })
+        Ok(Self {
+            store,
+            what,
+            _task: AbortOnDrop(task),
+        })
     }
 
     /// What was captured so far.
     pub fn report(&self) -> CaptureReport {
         let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        CaptureReport { frames: store.frames.iter().cloned().collect(), seen: store.seen, fragments: store.fragments }
+        CaptureReport {
+            frames: store.frames.iter().cloned().collect(),
+            seen: store.seen,
+            fragments: store.fragments,
+        }
     }
 
     /// Waits for a frame and returns the first such. Frames already captured count. Cancel safe.
-    pub async fn wait_for(&self, deadline: Duration, is_it: impl Fn(&Frame) -> bool) -> Result<Frame, LabError> {
+    pub async fn wait_for(
+        &self,
+        deadline: Duration,
+        is_it: impl Fn(&Frame) -> bool,
+    ) -> Result<Frame, LabError> {
         let mut found = None;
         let what = format!("{} has seen the frame that is waited for", self.what);
         wait_until(&what, deadline, || {
@@ -187,19 +216,26 @@ impl Capture {
     }
 }
 
-async fn receive(socket: AsyncFd<OwnedFd>, interface: usize, wanted: Wanted, store: Arc<Mutex<Store>>) {
+async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc<Mutex<Store>>) {
     let mut buffer = vec![0; 70_000];
     loop {
-        let Ok(mut guard) = socket.readable().await else { return };
-        let received = guard.try_io(|socket| Ok(recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer)?));
-        // ENETDOWN is told once when an interface goes down: others may be up.
-        let Ok(Ok((length, Some(address)))) = received else { continue };
+        let receive = || Ok(recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer)?);
+        // An error (ENETDOWN) is told once when an interface goes down; the socket lives on for the others.
+        let Ok((length, Some(address))) = socket.async_io(Interest::READABLE, receive).await else {
+            continue;
+        };
         // The socket is not bound to an interface, since there is no safe way to name one: the kernel says which it was.
         if address.ifindex() != interface {
             continue;
         }
-        let direction = if address.pkttype() == OUTGOING { Direction::Out } else { Direction::In };
-        let Some(frame) = decode(direction, &buffer[..length]) else { continue };
+        let direction = if address.pkttype() == OUTGOING {
+            Direction::Out
+        } else {
+            Direction::In
+        };
+        let Some(frame) = decode(direction, &buffer[..length]) else {
+            continue;
+        };
         let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
         store.seen += 1;
         store.fragments += u64::from(frame.ipv4.is_some_and(|header| header.is_fragment()));
@@ -215,7 +251,9 @@ async fn receive(socket: AsyncFd<OwnedFd>, interface: usize, wanted: Wanted, sto
 /// Headers are enough: a frame of 64 KiB is decoded as fast as a small one, and lengths come from the headers.
 fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
     let packet = LaxSlicedPacket::from_ethernet(bytes).ok()?;
-    let Some(LinkSlice::Ethernet2(ethernet)) = &packet.link else { return None };
+    let Some(LinkSlice::Ethernet2(ethernet)) = &packet.link else {
+        return None;
+    };
     let mut frame = Frame {
         direction,
         length: bytes.len(),
@@ -248,7 +286,9 @@ fn vxlan_of(bytes: &[u8]) -> Option<VxlanHeader> {
         return None;
     }
     let packet = LaxSlicedPacket::from_ethernet(inner).ok()?;
-    let Some(LinkSlice::Ethernet2(ethernet)) = &packet.link else { return None };
+    let Some(LinkSlice::Ethernet2(ethernet)) = &packet.link else {
+        return None;
+    };
     Some(VxlanHeader {
         vni: u32::from_be_bytes([0, a, b, c]),
         source_mac: ethernet.source(),
@@ -258,7 +298,9 @@ fn vxlan_of(bytes: &[u8]) -> Option<VxlanHeader> {
 }
 
 fn ipv4_of(packet: &LaxSlicedPacket<'_>) -> Option<Ipv4Header> {
-    let Some(LaxNetSlice::Ipv4(slice)) = &packet.net else { return None };
+    let Some(LaxNetSlice::Ipv4(slice)) = &packet.net else {
+        return None;
+    };
     let header = slice.header();
     Some(Ipv4Header {
         source: header.source_addr(),
@@ -280,6 +322,7 @@ impl Frame {
 
     /// Whether this is an ICMP packet that is not inside VXLAN.
     pub fn is_icmp(&self) -> bool {
-        self.ipv4.is_some_and(|header| header.protocol == IpNumber::ICMP.0)
+        self.ipv4
+            .is_some_and(|header| header.protocol == IpNumber::ICMP.0)
     }
 }

@@ -3,20 +3,21 @@
 //! Raw sockets, so that no setting of the machine (`ping_group_range`) matters. IPv4 so far. It never resolves names.
 
 use std::collections::HashMap;
-use std::io::{self, Read as _};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, set_ip_mtu_discover};
 use serde::Serialize;
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::unix::AsyncFd;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 
 use super::{AbortOnDrop, micros};
 use crate::error::Context as _;
+use crate::netns::register;
 use crate::{LabError, Netns};
 
 const IPV4_HEADER: usize = 20;
@@ -43,7 +44,13 @@ pub struct PingOptions {
 
 impl Default for PingOptions {
     fn default() -> Self {
-        Self { ip_length: 84, dont_fragment: false, count: 1, interval: Duration::from_millis(1), timeout: Duration::from_secs(1) }
+        Self {
+            ip_length: 84,
+            dont_fragment: false,
+            count: 1,
+            interval: Duration::from_millis(1),
+            timeout: Duration::from_secs(1),
+        }
     }
 }
 
@@ -108,7 +115,10 @@ pub async fn ping(from: &Netns, to: IpAddr, options: PingOptions) -> Result<Ping
 }
 
 /// Pings all pairs at once, with at most 32 on the way at a time, and reports in the order of `pairs`.
-pub async fn ping_all(pairs: Vec<(Netns, IpAddr)>, options: PingOptions) -> Result<Vec<PingReport>, LabError> {
+pub async fn ping_all(
+    pairs: Vec<(Netns, IpAddr)>,
+    options: PingOptions,
+) -> Result<Vec<PingReport>, LabError> {
     use futures::{StreamExt as _, TryStreamExt as _};
     futures::stream::iter(pairs)
         .map(|(from, to)| async move { ping(&from, to, options).await })
@@ -139,7 +149,12 @@ impl PingStream {
             }
             Ok(())
         };
-        tokio::time::timeout(deadline, first).await.map_err(|_| LabError::Deadline { what, after: deadline })??;
+        tokio::time::timeout(deadline, first)
+            .await
+            .map_err(|_| LabError::Deadline {
+                what,
+                after: deadline,
+            })??;
         pinger.forget();
 
         let (stop, mut stopped) = oneshot::channel();
@@ -156,7 +171,10 @@ impl PingStream {
                 }
             }
         });
-        Ok(Self { stop, task: AbortOnDrop(task) })
+        Ok(Self {
+            stop,
+            task: AbortOnDrop(task),
+        })
     }
 
     /// Stops sending, waits for what is on its way (at most `options.timeout`) and reports.
@@ -173,7 +191,7 @@ impl PingStream {
 
 /// One socket and what is known of the packets that it sent.
 struct Pinger {
-    socket: AsyncFd<Socket>,
+    socket: UdpSocket,
     to: SocketAddr,
     identifier: u16,
     payload: usize,
@@ -192,22 +210,41 @@ impl Pinger {
         /// Each pinger has an identifier of its own: raw sockets see the answers to all of them.
         static NEXT: AtomicU16 = AtomicU16::new(1);
         if !to.is_ipv4() {
-            return Err(LabError::Invalid(format!("the lab pings IPv4 addresses only, not {to}")));
+            return Err(LabError::Invalid(format!(
+                "the lab pings IPv4 addresses only, not {to}"
+            )));
         }
-        let Some(payload) = options.ip_length.checked_sub(IPV4_HEADER + ICMP_HEADER).filter(|_| options.ip_length <= 65535) else {
-            return Err(LabError::Invalid(format!("a ping is 28 to 65535 bytes long, not {}", options.ip_length)));
+        let Some(payload) = options
+            .ip_length
+            .checked_sub(IPV4_HEADER + ICMP_HEADER)
+            .filter(|_| options.ip_length <= 65535)
+        else {
+            return Err(LabError::Invalid(format!(
+                "a ping is 28 to 65535 bytes long, not {}",
+                options.ip_length
+            )));
         };
         let dont_fragment = options.dont_fragment;
-        let socket = from.open("opening a raw socket for pings (CAP_NET_RAW is needed)", || {
-            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
-            socket.set_nonblocking(true)?;
-            socket.set_recv_buffer_size(1 << 20)?;
-            // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
-            set_ip_mtu_discover(&socket, if dont_fragment { Ipv4PathMtuDiscovery::PROBE } else { Ipv4PathMtuDiscovery::DONT })?;
-            Ok(socket)
-        })?;
+        let socket = from.open(
+            "opening a raw socket for pings (CAP_NET_RAW is needed)",
+            || {
+                let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+                socket.set_nonblocking(true)?;
+                socket.set_recv_buffer_size(1 << 20)?;
+                // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
+                set_ip_mtu_discover(
+                    &socket,
+                    if dont_fragment {
+                        Ipv4PathMtuDiscovery::PROBE
+                    } else {
+                        Ipv4PathMtuDiscovery::DONT
+                    },
+                )?;
+                Ok(socket)
+            },
+        )?;
         Ok(Self {
-            socket: AsyncFd::new(socket).context(|| "registering a socket with tokio".into())?,
+            socket: register(socket.into()).context(|| "registering a socket with tokio".into())?,
             to: SocketAddr::new(to, 0),
             identifier: NEXT.fetch_add(1, Ordering::Relaxed),
             payload,
@@ -236,15 +273,22 @@ impl Pinger {
         self.by_sequence.insert(sequence, self.sent.len() as u64);
         self.sent.push(Some(Instant::now()));
         self.report.sent += 1;
-        match self.socket.get_ref().send_to(&packet, &self.to.into()) {
+        match SockRef::from(&self.socket).send_to(&packet, &self.to.into()) {
             Ok(_) => Ok(()),
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) => {
-                self.report.too_big.get_or_insert(TooBig { by: None, mtu: 0 });
+            Err(error)
+                if error.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) =>
+            {
+                self.report
+                    .too_big
+                    .get_or_insert(TooBig { by: None, mtu: 0 });
                 Ok(())
             }
             // What a broken network looks like from here: no route, no buffer. Such a packet is lost.
             Err(error) if is_loss(&error) => Ok(()),
-            Err(source) => Err(LabError::Io { what: format!("sending a ping to {}", self.to.ip()), source }),
+            Err(source) => Err(LabError::Io {
+                what: format!("sending a ping to {}", self.to.ip()),
+                source,
+            }),
         }
     }
 
@@ -252,26 +296,41 @@ impl Pinger {
     async fn receive(&mut self) -> Result<(), LabError> {
         let mut buffer = [0_u8; 2048];
         loop {
-            let mut guard = self.socket.readable().await.context(|| "waiting for pings".into())?;
-            match guard.try_io(|socket| socket.get_ref().read(&mut buffer)) {
-                Ok(Ok(length)) => {
-                    let now = Instant::now();
-                    self.take(&buffer[..length.min(buffer.len())], now);
+            match self.socket.recv(&mut buffer).await {
+                Ok(length) => {
+                    self.take(&buffer[..length], Instant::now());
                     return Ok(());
                 }
-                Ok(Err(error)) if is_loss(&error) || error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(source)) => return Err(LabError::Io { what: "receiving pings".into(), source }),
-                Err(_would_block) => {}
+                // An error that the network reported about an earlier packet: that one is lost.
+                Err(error) if is_loss(&error) || error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(LabError::Io {
+                        what: "receiving pings".into(),
+                        source,
+                    });
+                }
             }
         }
     }
 
     fn take(&mut self, packet: &[u8], now: Instant) {
-        let Some((source, icmp)) = split_ipv4(packet) else { return };
+        let Some((source, icmp)) = split_ipv4(packet) else {
+            return;
+        };
         match (icmp.first(), icmp.get(1)) {
-            (Some(&ECHO_REPLY), _) if echo_identity(icmp).is_some_and(|(id, _)| id == self.identifier) => {
-                let Some((_, sequence)) = echo_identity(icmp) else { return };
-                let Some(sent) = self.by_sequence.get(&sequence).and_then(|&index| self.sent.get_mut(index as usize)) else { return };
+            (Some(&ECHO_REPLY), _)
+                if echo_identity(icmp).is_some_and(|(id, _)| id == self.identifier) =>
+            {
+                let Some((_, sequence)) = echo_identity(icmp) else {
+                    return;
+                };
+                let Some(sent) = self
+                    .by_sequence
+                    .get(&sequence)
+                    .and_then(|&index| self.sent.get_mut(index as usize))
+                else {
+                    return;
+                };
                 let Some(sent) = sent.take() else {
                     self.report.duplicated += 1;
                     return;
@@ -279,7 +338,11 @@ impl Pinger {
                 let rtt = micros(now - sent);
                 self.rtt_total += now - sent;
                 self.report.received += 1;
-                self.report.rtt_min_us = if self.report.received == 1 { rtt } else { self.report.rtt_min_us.min(rtt) };
+                self.report.rtt_min_us = if self.report.received == 1 {
+                    rtt
+                } else {
+                    self.report.rtt_min_us.min(rtt)
+                };
                 self.report.rtt_max_us = self.report.rtt_max_us.max(rtt);
                 if let Some(last) = self.last_answer {
                     self.report.longest_gap_us = self.report.longest_gap_us.max(micros(now - last));
@@ -288,11 +351,17 @@ impl Pinger {
             }
             (Some(&UNREACHABLE), Some(&FRAGMENTATION_NEEDED)) => {
                 // RFC 1191: the MTU is in bytes 6 and 7; then the start of the packet it is about.
-                let about = icmp.get(ICMP_HEADER..).and_then(split_ipv4).and_then(|(_, inner)| echo_identity(inner));
+                let about = icmp
+                    .get(ICMP_HEADER..)
+                    .and_then(split_ipv4)
+                    .and_then(|(_, inner)| echo_identity(inner));
                 if let (Some((id, _)), Some(&[high, low])) = (about, icmp.get(6..8))
                     && id == self.identifier
                 {
-                    self.report.too_big.get_or_insert(TooBig { by: Some(source), mtu: u16::from_be_bytes([high, low]) });
+                    self.report.too_big.get_or_insert(TooBig {
+                        by: Some(source),
+                        mtu: u16::from_be_bytes([high, low]),
+                    });
                 }
             }
             _ => {}
@@ -302,7 +371,9 @@ impl Pinger {
     /// Waits for what is missing and makes up the account.
     async fn drain(mut self, timeout: Duration) -> Result<PingReport, LabError> {
         let wait = async {
-            while self.report.received < self.report.sent && !(self.report.sent == 1 && self.report.too_big.is_some()) {
+            while self.report.received < self.report.sent
+                && !(self.report.sent == 1 && self.report.too_big.is_some())
+            {
                 self.receive().await?;
             }
             Ok::<_, LabError>(())
@@ -326,14 +397,34 @@ impl Pinger {
 /// ENETUNREACH, EHOSTUNREACH, ENETDOWN, ENOBUFS, EPERM of a firewall: the network's doing, not the probe's.
 fn is_loss(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    let losses = [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::NETDOWN, Errno::NOBUFS, Errno::PERM, Errno::CONNREFUSED, Errno::INVAL];
-    error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error().is_some_and(|code| losses.iter().any(|errno| errno.raw_os_error() == code))
+    let losses = [
+        Errno::NETUNREACH,
+        Errno::HOSTUNREACH,
+        Errno::NETDOWN,
+        Errno::NOBUFS,
+        Errno::PERM,
+        Errno::CONNREFUSED,
+        Errno::HOSTDOWN,
+    ];
+    error.kind() == io::ErrorKind::WouldBlock
+        || error
+            .raw_os_error()
+            .is_some_and(|code| losses.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 fn echo_request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
     let [id_high, id_low] = identifier.to_be_bytes();
     let [sequence_high, sequence_low] = sequence.to_be_bytes();
-    let mut packet = vec![ECHO_REQUEST, 0, 0, 0, id_high, id_low, sequence_high, sequence_low];
+    let mut packet = vec![
+        ECHO_REQUEST,
+        0,
+        0,
+        0,
+        id_high,
+        id_low,
+        sequence_high,
+        sequence_low,
+    ];
     packet.resize(ICMP_HEADER + payload, b'p');
     let sum = checksum(&packet).to_be_bytes();
     packet[2..4].copy_from_slice(&sum);
@@ -342,7 +433,15 @@ fn echo_request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
 
 /// The Internet checksum (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]))).sum();
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| {
+            u32::from(u16::from_be_bytes([
+                pair[0],
+                pair.get(1).copied().unwrap_or(0),
+            ]))
+        })
+        .sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
