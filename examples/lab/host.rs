@@ -83,7 +83,7 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// Metric; `None` is 0.
     pub metric: Option<u32>,
-    /// Nexthop object that the route uses. Only read: never set by the lab.
+    /// Nexthop object that the route uses; it stands for gateway, device and `onlink`, which are then only for the reader.
     pub nexthop_id: Option<u32>,
 }
 
@@ -138,6 +138,9 @@ impl fmt::Display for Route {
             0 => f.write_str("default")?,
             length if length == whole => write!(f, "{}", self.destination.ip())?,
             _ => write!(f, "{}", self.destination)?,
+        }
+        if let Some(id) = self.nexthop_id {
+            write!(f, " nhid {id}")?;
         }
         if let Some(gateway) = self.gateway {
             write!(f, " via {gateway}")?;
@@ -465,7 +468,6 @@ impl Host {
     }
 
     async fn route_message(&self, route: &Route) -> Result<RouteMessage, LabError> {
-        let index = self.link(&route.device).await?.index;
         fn bad(error: impl fmt::Display) -> LabError {
             LabError::Invalid(format!(
                 "a route whose addresses do not fit together: {error}"
@@ -474,10 +476,18 @@ impl Host {
         let mut builder = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(route.destination.network(), route.destination.prefix())
             .map_err(bad)?
-            .output_interface(index)
             .protocol(route.protocol.into());
-        if let Some(gateway) = route.gateway {
-            builder = builder.gateway(gateway).map_err(bad)?;
+        // The kernel finds a route by its nexthop object, or by gateway and device, never by both.
+        if let Some(id) = route.nexthop_id {
+            builder = builder.nhid(id);
+        } else {
+            builder = builder.output_interface(self.link(&route.device).await?.index);
+            if let Some(gateway) = route.gateway {
+                builder = builder.gateway(gateway).map_err(bad)?;
+            }
+            if route.onlink {
+                builder = builder.onlink();
+            }
         }
         if let Some(source) = route.source {
             builder = builder.pref_source(source).map_err(bad)?;
@@ -487,9 +497,6 @@ impl Host {
         }
         if route.scope_link {
             builder = builder.scope(RouteScope::Link);
-        }
-        if route.onlink {
-            builder = builder.onlink();
         }
         Ok(builder.build())
     }

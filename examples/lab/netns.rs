@@ -87,6 +87,23 @@ impl Netns {
         .into()
     }
 
+    /// The command with which a person enters the namespace from another terminal, while this process lives.
+    /// As an ordinary user it must be the same user's terminal.
+    pub fn how_to_enter(&self, privilege: crate::Privilege) -> String {
+        let net = self.path();
+        match privilege {
+            crate::Privilege::Already => format!("nsenter --net={}", net.display()),
+            // The namespace belongs to the user namespace, where alone this user has power over it.
+            crate::Privilege::UserNamespace => {
+                let pid = std::process::id();
+                format!(
+                    "nsenter --user=/proc/{pid}/ns/user --preserve-credentials --net={}",
+                    net.display()
+                )
+            }
+        }
+    }
+
     /// Runs `work` on a fresh thread inside the namespace and waits for it. For short work: it blocks the caller
     /// (about 50 us on top of the work). Sockets that `work` opens stay in the namespace wherever they are used later.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, LabError> {

@@ -55,7 +55,7 @@ pub struct Frame {
     pub ether_type: u16,
     /// The IPv4 header, where there is one.
     pub ipv4: Option<Ipv4Header>,
-    /// The UDP header, where there is one (the first fragment has it).
+    /// The UDP header, where there is one and the packet is whole: fragments are not looked into.
     pub udp: Option<UdpHeader>,
     /// What VXLAN carries, where the UDP destination port is 8472 or 4789.
     pub vxlan: Option<VxlanHeader>,
@@ -264,7 +264,6 @@ fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
         udp: None,
         vxlan: None,
     };
-    // A later fragment has no UDP header, whatever its bytes look like.
     if let Some(TransportSlice::Udp(udp)) = &packet.transport {
         frame.udp = Some(UdpHeader {
             source: udp.source_port(),

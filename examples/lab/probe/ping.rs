@@ -26,6 +26,8 @@ const ECHO_REQUEST: u8 = 8;
 const ECHO_REPLY: u8 = 0;
 const UNREACHABLE: u8 = 3;
 const FRAGMENTATION_NEEDED: u8 = 4;
+/// How long a packet may come after a later one. Long against any reordering in one machine.
+const REORDERED: Duration = Duration::from_millis(100);
 
 /// How to ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +78,7 @@ pub struct PingReport {
     pub lost: u64,
     /// The most packets lost in a row.
     pub longest_loss: u64,
-    /// The longest time between two answers, in microseconds (0 with fewer than two).
+    /// The longest time without an answer, from the first packet until sending ended, in microseconds.
     pub longest_gap_us: u64,
     /// Shortest round trip in microseconds.
     pub rtt_min_us: u64,
@@ -200,6 +202,7 @@ struct Pinger {
     sent: Vec<Option<Instant>>,
     /// The 16 bits on the wire to the last packet that used them.
     by_sequence: HashMap<u16, u64>,
+    /// When the last answer came, or the first packet went.
     last_answer: Option<Instant>,
     rtt_total: Duration,
     report: PingReport,
@@ -271,7 +274,9 @@ impl Pinger {
         let packet = echo_request(self.identifier, sequence, self.payload);
         self.next += 1;
         self.by_sequence.insert(sequence, self.sent.len() as u64);
-        self.sent.push(Some(Instant::now()));
+        let now = Instant::now();
+        self.sent.push(Some(now));
+        self.last_answer.get_or_insert(now);
         self.report.sent += 1;
         match SockRef::from(&self.socket).send_to(&packet, &self.to.into()) {
             Ok(_) => Ok(()),
@@ -370,16 +375,26 @@ impl Pinger {
 
     /// Waits for what is missing and makes up the account.
     async fn drain(mut self, timeout: Duration) -> Result<PingReport, LabError> {
-        let wait = async {
-            while self.report.received < self.report.sent
-                && !(self.report.sent == 1 && self.report.too_big.is_some())
-            {
-                self.receive().await?;
+        let stopped = Instant::now();
+        let end = stopped + timeout;
+        let mut newest_answered = None;
+        while self.report.received < self.report.sent
+            && !(self.report.sent == 1 && self.report.too_big.is_some())
+        {
+            // Once the newest packet is answered, what is still missing is late only if the network reorders.
+            if newest_answered.is_none() && self.sent.last().is_some_and(Option::is_none) {
+                newest_answered = Some(Instant::now());
             }
-            Ok::<_, LabError>(())
-        };
-        if let Ok(result) = tokio::time::timeout(timeout, wait).await {
-            result?;
+            let until = newest_answered.map_or(end, |since| end.min(since + REORDERED));
+            let left = until.saturating_duration_since(Instant::now());
+            match tokio::time::timeout(left, self.receive()).await {
+                Ok(received) => received?,
+                Err(_) => break,
+            }
+        }
+        if let (Some(Some(_unanswered)), Some(last)) = (self.sent.last(), self.last_answer) {
+            let gap = micros(stopped.saturating_duration_since(last));
+            self.report.longest_gap_us = self.report.longest_gap_us.max(gap);
         }
         let mut in_a_row = 0;
         for unanswered in self.sent.iter().map(Option::is_some) {
@@ -387,9 +402,9 @@ impl Pinger {
             self.report.longest_loss = self.report.longest_loss.max(in_a_row);
         }
         self.report.lost = self.report.sent - self.report.received;
-        if self.report.received > 0 {
-            self.report.rtt_avg_us = micros(self.rtt_total) / self.report.received;
-        }
+        self.report.rtt_avg_us = micros(self.rtt_total)
+            .checked_div(self.report.received)
+            .unwrap_or(0);
         Ok(self.report)
     }
 }
