@@ -1,1 +1,19 @@
 //! podnet
+
+pub mod admission;
+pub mod backend;
+pub mod clock;
+pub mod config;
+pub mod driver;
+mod error;
+pub mod lease;
+pub mod masquerade;
+mod overlay;
+pub mod plan;
+pub mod status;
+pub mod subnet;
+pub mod types;
+pub mod underlay;
+
+pub use error::Error;
+pub use overlay::{Overlay, Shutdown};

@@ -1,0 +1,136 @@
+//! Drivers make the kernel hold the objects of one [domain](crate::plan::Domain), and tell what is there.
+//!
+//! A driver knows nothing of leases, peers or policy. It is handed steps, not wishes: what to do was decided by
+//! [`diff`](fn@crate::plan::diff), and the engine is the only caller of [`Driver::apply`].
+
+mod error;
+mod host;
+mod namespace;
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use ipnetwork::{Ipv4Network, Ipv6Network};
+
+pub use error::{DriverError, Errno};
+pub use host::{HostAddress, HostLink, HostRoute, HostView};
+pub use namespace::{NetworkNamespace, SocketSource};
+
+use crate::plan::{Conflict, Domain, Key, Object, Owner, SysctlName, UnitPlan};
+use crate::types::{DeviceName, Stack};
+
+/// The stream that [`Driver::changes`] returns.
+pub type ChangeStream = BoxStream<'static, Change>;
+
+/// What belongs to this overlay, so that a driver can tell ours from others' with no memory of an earlier run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    /// The devices that are ours by name. A device of such a name that is not ours by kind and alias is a conflict.
+    pub devices: BTreeSet<DeviceName>,
+    /// The cluster networks.
+    pub networks: Stack<Ipv4Network, Ipv6Network>,
+    /// Whether what flannel left is taken over (invariant 3): an unmarked VXLAN device of our name; a route inside a
+    /// cluster network, in the main table, metric 0 (IPv6: 1024), protocol boot, over a device of ours.
+    pub adopt: bool,
+    /// The sysctls whose values are wanted.
+    pub sysctls: BTreeSet<SysctlName>,
+}
+
+/// Everything that a driver found.
+#[derive(Debug, Clone, Default)]
+pub struct Observed {
+    /// What is ours, or is to be taken over.
+    pub objects: Vec<(Object, Owner)>,
+    /// What of others stands in the way of something of ours, or undoes it.
+    pub conflicts: Vec<Conflict>,
+    /// What the host has beside; from the netlink driver alone.
+    pub host: Option<HostView>,
+}
+
+/// A hint that the kernel's state moved. Hints can be lost, late and double: they say when to look, not what is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Change {
+    /// An object in the scope of ours is there, with this value.
+    Present(Object),
+    /// An object of ours is gone.
+    Gone(Key),
+    /// Something of a device of ours changed, or of something that ours depend on: look again.
+    Device(DeviceName),
+    /// Links, addresses or routes of the host changed: the underlay may be another.
+    Host,
+    /// Hints were lost (`ENOBUFS`), or cannot say what happened: look at everything.
+    Unknown,
+}
+
+/// How far the steps of one unit got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnitResult {
+    /// How many of its steps the kernel acknowledged, from the first on.
+    pub done: usize,
+    /// Why the next one failed; `None` when all were done.
+    pub failed: Option<DriverError>,
+}
+
+/// One domain of the kernel.
+///
+/// # Contract
+///
+/// - `observe` is whole or an error: an interrupted dump is repeated, never handed on.
+/// - `apply` returns one result for each unit, in order. Units are independent; the steps of one unit are done in
+///   order and end at its first failure. Deleting what is absent is success; creating what is there with the wanted
+///   value is success if it is ours.
+/// - Dropping the future of `apply` may leave steps done that nobody heard of: the caller observes again.
+/// - A step is never applied to what is not ours: where that comes out only in the kernel's answer (`EEXIST`), the
+///   step fails.
+#[async_trait]
+pub trait Driver: Debug + Send + Sync + 'static {
+    /// The domain that it serves.
+    fn domain(&self) -> Domain;
+
+    /// All that is ours in the domain, and what stands in its way. Cancel safe.
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError>;
+
+    /// Does the steps of these units, in batches. Not cancel safe in the sense above.
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult>;
+
+    /// Hints from now on. The stream is bounded: what does not fit becomes one [`Change::Unknown`]. It ends only when the
+    /// driver cannot listen any more; the caller may ask again. A domain of which the kernel tells nothing
+    /// returns a stream that never yields.
+    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError>;
+}
+
+#[async_trait]
+impl<T: Driver + ?Sized> Driver for Arc<T> {
+    fn domain(&self) -> Domain {
+        (**self).domain()
+    }
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+        (**self).observe(scope).await
+    }
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+        (**self).apply(units).await
+    }
+    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
+        (**self).changes(scope).await
+    }
+}
+
+#[async_trait]
+impl<T: Driver + ?Sized> Driver for Box<T> {
+    fn domain(&self) -> Domain {
+        (**self).domain()
+    }
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+        (**self).observe(scope).await
+    }
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+        (**self).apply(units).await
+    }
+    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
+        (**self).changes(scope).await
+    }
+}
