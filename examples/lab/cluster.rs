@@ -98,10 +98,7 @@ impl LabSpec {
 
     fn check(&self) -> Result<(), LabError> {
         if !(1..=10).contains(&self.nodes) {
-            return Err(LabError::Invalid(format!(
-                "a lab has 1 to 10 nodes, not {}",
-                self.nodes
-            )));
+            return Err(LabError::Invalid(format!("a lab has 1 to 10 nodes, not {}", self.nodes)));
         }
         if self.cluster_network.prefix() > 20 {
             return Err(LabError::Invalid(format!(
@@ -172,20 +169,11 @@ impl Lab {
         let outside = Host::new("outside")?;
         let underlay = v4_network(Ipv4Addr::new(10, 240, 0, 0), 24);
 
-        veth(
-            End::new(&outside, "eth0"),
-            End::new(&fabric, "outside"),
-            1500,
-        )
-        .await?;
+        veth(End::new(&outside, "eth0"), End::new(&fabric, "outside"), 1500).await?;
         outside.add_address("eth0", v4(OUTSIDE, 24)).await?;
-        fabric
-            .add_address("outside", v4(OUTSIDE_GATEWAY, 24))
-            .await?;
+        fabric.add_address("outside", v4(OUTSIDE_GATEWAY, 24)).await?;
         // The nodes, and nothing of the pods: an answer to a pod's own address has no way back.
-        outside
-            .add_route(&Route::via(underlay.into(), OUTSIDE_GATEWAY.into(), "eth0"))
-            .await?;
+        outside.add_route(&Route::via(underlay.into(), OUTSIDE_GATEWAY.into(), "eth0")).await?;
 
         if spec.underlay == Underlay::Lan {
             fabric.add_bridge("lan", Some(spec.mtu())).await?;
@@ -195,12 +183,7 @@ impl Lab {
         for index in 0..spec.nodes {
             nodes.push(add_node(&spec, &fabric, index).await?);
         }
-        let lab = Self {
-            spec,
-            nodes,
-            fabric,
-            outside,
-        };
+        let lab = Self { spec, nodes, fabric, outside };
         lab.wait_running().await?;
         Ok(lab)
     }
@@ -238,11 +221,8 @@ impl Lab {
     /// Attaches `pods_per_node` pods to every node, with the subnets of [`LabSpec::subnet`] and this MTU.
     pub async fn attach_pods(&mut self, mtu: u32) -> Result<(), LabError> {
         for node in &mut self.nodes {
-            let network = crate::PodNetwork {
-                subnet: self.spec.subnet(node.index),
-                cluster: self.spec.cluster_network,
-                mtu,
-            };
+            let network =
+                crate::PodNetwork { subnet: self.spec.subnet(node.index), cluster: self.spec.cluster_network, mtu };
             node.attach_pods(&network, self.spec.pods_per_node).await?;
         }
         Ok(())
@@ -256,12 +236,8 @@ impl Lab {
     async fn wait_running(&self) -> Result<(), LabError> {
         self.outside.wait_running("eth0", LINKS_DEADLINE).await?;
         for node in &self.nodes {
-            node.host
-                .wait_running(UNDERLAY_INTERFACE, LINKS_DEADLINE)
-                .await?;
-            self.fabric
-                .wait_running(&port_name(node.index), LINKS_DEADLINE)
-                .await?;
+            node.host.wait_running(UNDERLAY_INTERFACE, LINKS_DEADLINE).await?;
+            self.fabric.wait_running(&port_name(node.index), LINKS_DEADLINE).await?;
         }
         if self.spec.underlay == Underlay::Lan {
             self.fabric.wait_running("lan", LINKS_DEADLINE).await?;
@@ -274,56 +250,32 @@ async fn add_node(spec: &LabSpec, fabric: &Host, index: usize) -> Result<Node, L
     let host = Host::new(format!("rke-52b280-{index}"))?;
     let address = Ipv4Addr::new(10, 240, 0, 101 + index as u8);
     no_reverse_path_filter(&host)?;
-    host.set_sysctl(
-        "net.ipv4.ip_forward",
-        if spec.node_forwarding { "1" } else { "0" },
-    )?;
+    host.set_sysctl("net.ipv4.ip_forward", if spec.node_forwarding { "1" } else { "0" })?;
 
     let port = port_name(index);
-    veth(
-        End::new(&host, UNDERLAY_INTERFACE),
-        End::new(fabric, &port),
-        spec.mtu(),
-    )
-    .await?;
+    veth(End::new(&host, UNDERLAY_INTERFACE), End::new(fabric, &port), spec.mtu()).await?;
     match spec.underlay {
         Underlay::Gcp => {
-            host.add_address(UNDERLAY_INTERFACE, v4(address, 32))
-                .await?;
+            host.add_address(UNDERLAY_INTERFACE, v4(address, 32)).await?;
             fabric.add_address(&port, v4(GATEWAY, 32)).await?;
             let mut to_node = Route::onto(v4(address, 32), &port);
             to_node.source = Some(GATEWAY.into());
             fabric.add_route(&to_node).await?;
-            host.add_route(
-                &Route::onto(v4(GATEWAY, 32), UNDERLAY_INTERFACE).from_dhcp(address.into(), 100),
-            )
-            .await?;
+            host.add_route(&Route::onto(v4(GATEWAY, 32), UNDERLAY_INTERFACE).from_dhcp(address.into(), 100)).await?;
         }
         Underlay::Lan => {
-            host.add_address(UNDERLAY_INTERFACE, v4(address, 24))
-                .await?;
+            host.add_address(UNDERLAY_INTERFACE, v4(address, 24)).await?;
             fabric.add_port("lan", &port, false).await?;
         }
     }
-    let default = Route::via(
-        v4(Ipv4Addr::UNSPECIFIED, 0),
-        GATEWAY.into(),
-        UNDERLAY_INTERFACE,
-    );
-    host.add_route(&default.from_dhcp(address.into(), 100))
-        .await?;
+    let default = Route::via(v4(Ipv4Addr::UNSPECIFIED, 0), GATEWAY.into(), UNDERLAY_INTERFACE);
+    host.add_route(&default.from_dhcp(address.into(), 100)).await?;
 
     if spec.docker_bridge {
         host.add_bridge(DOCKER_BRIDGE, None).await?;
-        host.add_address(DOCKER_BRIDGE, v4(DOCKER_ADDRESS, 16))
-            .await?;
+        host.add_address(DOCKER_BRIDGE, v4(DOCKER_ADDRESS, 16)).await?;
     }
-    Ok(Node {
-        index,
-        host,
-        address,
-        pods: Vec::new(),
-    })
+    Ok(Node { index, host, address, pods: Vec::new() })
 }
 
 fn port_name(node: usize) -> String {

@@ -66,36 +66,24 @@ pub(crate) trait Context<T> {
 
 impl<T> Context<T> for Result<T, io::Error> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, LabError> {
-        self.map_err(|source| LabError::Io {
-            what: what(),
-            source,
-        })
+        self.map_err(|source| LabError::Io { what: what(), source })
     }
 }
 
 impl<T> Context<T> for Result<T, rustix::io::Errno> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, LabError> {
-        self.map_err(|errno| LabError::Io {
-            what: what(),
-            source: errno.into(),
-        })
+        self.map_err(|errno| LabError::Io { what: what(), source: errno.into() })
     }
 }
 
 impl<T> Context<T> for Result<T, nix::errno::Errno> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, LabError> {
-        self.map_err(|errno| LabError::Io {
-            what: what(),
-            source: errno.into(),
-        })
+        self.map_err(|errno| LabError::Io { what: what(), source: errno.into() })
     }
 }
 
 impl<T> Context<T> for Result<T, rtnetlink::Error> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, LabError> {
-        self.map_err(|source| LabError::Netlink {
-            what: what(),
-            source: Box::new(source),
-        })
+        self.map_err(|source| LabError::Netlink { what: what(), source: Box::new(source) })
     }
 }

@@ -12,19 +12,14 @@ use futures::TryStreamExt as _;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{
-    InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
-};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use rtnetlink::{
-    LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use serde::Serialize;
 
 use crate::error::Context as _;
@@ -39,9 +34,7 @@ pub struct Host {
 
 impl fmt::Debug for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Host")
-            .field("netns", &self.netns)
-            .finish_non_exhaustive()
+        f.debug_struct("Host").field("netns", &self.netns).finish_non_exhaustive()
     }
 }
 
@@ -105,29 +98,17 @@ impl Route {
 
     /// A route through a gateway on `device`, protocol boot.
     pub fn via(destination: IpNetwork, gateway: IpAddr, device: impl Into<String>) -> Self {
-        Self {
-            gateway: Some(gateway),
-            scope_link: false,
-            ..Self::onto(destination, device)
-        }
+        Self { gateway: Some(gateway), scope_link: false, ..Self::onto(destination, device) }
     }
 
     /// The same route, with the gateway taken as directly reachable.
     pub fn onlink(self) -> Self {
-        Self {
-            onlink: true,
-            ..self
-        }
+        Self { onlink: true, ..self }
     }
 
     /// The same route as a DHCP client writes it.
     pub fn from_dhcp(self, source: IpAddr, metric: u32) -> Self {
-        Self {
-            protocol: RouteProtocol::Dhcp.into(),
-            source: Some(source),
-            metric: Some(metric),
-            ..self
-        }
+        Self { protocol: RouteProtocol::Dhcp.into(), source: Some(source), metric: Some(metric), ..self }
     }
 }
 
@@ -188,10 +169,7 @@ impl Host {
 
     /// Connects to a namespace that exists already. Needs a tokio runtime.
     pub fn of(netns: Netns) -> Result<Self, LabError> {
-        Ok(Self {
-            handle: netns.handle()?,
-            netns,
-        })
+        Ok(Self { handle: netns.handle()?, netns })
     }
 
     /// The name for messages.
@@ -217,14 +195,8 @@ impl Host {
 
     /// All links, by index.
     pub async fn links(&self) -> Result<Vec<LinkState>, LabError> {
-        let messages: Vec<_> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .context(|| self.says("listing links"))?;
+        let messages: Vec<_> =
+            self.handle.link().get().execute().try_collect().await.context(|| self.says("listing links"))?;
         let mut links: Vec<_> = messages.iter().map(link_state).collect();
         links.sort_by_key(|link| link.index);
         Ok(links)
@@ -232,19 +204,10 @@ impl Host {
 
     /// One link; an error with [`LabError::is_absent`] when there is none of that name.
     pub async fn link(&self, name: &str) -> Result<LinkState, LabError> {
-        let message = self
-            .handle
-            .link()
-            .get()
-            .match_name(name)
-            .execute()
-            .try_next()
-            .await;
+        let message = self.handle.link().get().match_name(name).execute().try_next().await;
         match message.context(|| self.says(format_args!("looking up {name}")))? {
             Some(message) => Ok(link_state(&message)),
-            None => Err(LabError::Invalid(
-                self.says(format_args!("no answer about link {name}")),
-            )),
+            None => Err(LabError::Invalid(self.says(format_args!("no answer about link {name}")))),
         }
     }
 
@@ -265,41 +228,28 @@ impl Host {
     ) -> Result<(), LabError> {
         let index = self.link(name).await?.index;
         let message = change(LinkUnspec::new_with_index(index)).build();
-        self.handle
-            .link()
-            .set(message)
-            .execute()
-            .await
-            .context(|| self.says(format_args!("{what} {name}")))
+        self.handle.link().set(message).execute().await.context(|| self.says(format_args!("{what} {name}")))
     }
 
     /// Sets a link up.
     pub async fn set_up(&self, name: &str) -> Result<(), LabError> {
-        self.change(name, "setting up", LinkMessageBuilder::up)
-            .await
+        self.change(name, "setting up", LinkMessageBuilder::up).await
     }
 
     /// Sets a link down.
     pub async fn set_down(&self, name: &str) -> Result<(), LabError> {
-        self.change(name, "setting down", LinkMessageBuilder::down)
-            .await
+        self.change(name, "setting down", LinkMessageBuilder::down).await
     }
 
     /// Sets a link's MTU in bytes.
     pub async fn set_mtu(&self, name: &str, mtu: u32) -> Result<(), LabError> {
-        self.change(name, &format!("setting MTU {mtu} on"), |link| link.mtu(mtu))
-            .await
+        self.change(name, &format!("setting MTU {mtu} on"), |link| link.mtu(mtu)).await
     }
 
     /// Deletes a link.
     pub async fn delete_link(&self, name: &str) -> Result<(), LabError> {
         let index = self.link(name).await?.index;
-        self.handle
-            .link()
-            .del(index)
-            .execute()
-            .await
-            .context(|| self.says(format_args!("deleting link {name}")))
+        self.handle.link().del(index).execute().await.context(|| self.says(format_args!("deleting link {name}")))
     }
 
     /// Adds a bridge and sets it up. An MTU that is given stays, whatever ports come.
@@ -320,12 +270,7 @@ impl Host {
     /// Makes `port` a port of `bridge`, with or without hairpin mode.
     pub async fn add_port(&self, bridge: &str, port: &str, hairpin: bool) -> Result<(), LabError> {
         let index = self.link(bridge).await?.index;
-        self.change(
-            port,
-            &format!("adding to bridge {bridge} the port"),
-            |link| link.controller(index),
-        )
-        .await?;
+        self.change(port, &format!("adding to bridge {bridge} the port"), |link| link.controller(index)).await?;
         if hairpin {
             let index = self.link(port).await?.index;
             self.handle
@@ -341,11 +286,7 @@ impl Host {
     /// Waits until the link carries packets: up, and its operational state too (the kernel reports that with a delay).
     pub async fn wait_running(&self, name: &str, deadline: Duration) -> Result<(), LabError> {
         let what = self.says(format_args!("{name} is up and running"));
-        wait_until(&what, deadline, || async {
-            Ok(self.link(name).await?.running)
-        })
-        .await
-        .map(drop)
+        wait_until(&what, deadline, || async { Ok(self.link(name).await?.running) }).await.map(drop)
     }
 
     // ---- addresses ----
@@ -353,30 +294,18 @@ impl Host {
     /// Adds an address with its prefix length.
     pub async fn add_address(&self, device: &str, address: IpNetwork) -> Result<(), LabError> {
         let index = self.link(device).await?.index;
-        let request = self
-            .handle
-            .address()
-            .add(index, address.ip(), address.prefix());
-        request
-            .execute()
-            .await
-            .context(|| self.says(format_args!("adding {address} to {device}")))
+        let request = self.handle.address().add(index, address.ip(), address.prefix());
+        request.execute().await.context(|| self.says(format_args!("adding {address} to {device}")))
     }
 
     /// Deletes an address.
     pub async fn delete_address(&self, device: &str, address: IpNetwork) -> Result<(), LabError> {
         let index = self.link(device).await?.index;
         let mut message = AddressMessage::default();
-        message.header.family = if address.is_ipv4() {
-            AddressFamily::Inet
-        } else {
-            AddressFamily::Inet6
-        };
+        message.header.family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         message.header.prefix_len = address.prefix();
         message.header.index = index;
-        message
-            .attributes
-            .push(AddressAttribute::Local(address.ip()));
+        message.attributes.push(AddressAttribute::Local(address.ip()));
         self.handle
             .address()
             .del(message)
@@ -413,35 +342,16 @@ impl Host {
         let links = self.links().await?;
         let mut filter = RouteMessage::default();
         filter.header.address_family = family;
-        let messages: Vec<_> = self
-            .handle
-            .route()
-            .get(filter)
-            .execute()
-            .try_collect()
-            .await
-            .context(|| self.says("listing routes"))?;
-        let named = |index: u32| {
-            links
-                .iter()
-                .find(|link| link.index == index)
-                .map(|link| link.name.clone())
-        };
-        Ok(messages
-            .iter()
-            .filter_map(|message| route_of(message, &named))
-            .collect())
+        let messages: Vec<_> =
+            self.handle.route().get(filter).execute().try_collect().await.context(|| self.says("listing routes"))?;
+        let named = |index: u32| links.iter().find(|link| link.index == index).map(|link| link.name.clone());
+        Ok(messages.iter().filter_map(|message| route_of(message, &named)).collect())
     }
 
     /// Adds a route.
     pub async fn add_route(&self, route: &Route) -> Result<(), LabError> {
         let message = self.route_message(route).await?;
-        self.handle
-            .route()
-            .add(message)
-            .execute()
-            .await
-            .context(|| self.says(format_args!("adding route {route}")))
+        self.handle.route().add(message).execute().await.context(|| self.says(format_args!("adding route {route}")))
     }
 
     /// Adds a route, or puts it in the place of the one with its destination and metric.
@@ -459,19 +369,12 @@ impl Host {
     /// Deletes a route: the one with this destination, device, gateway, metric and protocol.
     pub async fn delete_route(&self, route: &Route) -> Result<(), LabError> {
         let message = self.route_message(route).await?;
-        self.handle
-            .route()
-            .del(message)
-            .execute()
-            .await
-            .context(|| self.says(format_args!("deleting route {route}")))
+        self.handle.route().del(message).execute().await.context(|| self.says(format_args!("deleting route {route}")))
     }
 
     async fn route_message(&self, route: &Route) -> Result<RouteMessage, LabError> {
         fn bad(error: impl fmt::Display) -> LabError {
-            LabError::Invalid(format!(
-                "a route whose addresses do not fit together: {error}"
-            ))
+            LabError::Invalid(format!("a route whose addresses do not fit together: {error}"))
         }
         let mut builder = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(route.destination.network(), route.destination.prefix())
@@ -513,11 +416,7 @@ impl Host {
         self.neighbours_of(device, AddressFamily::Bridge).await
     }
 
-    async fn neighbours_of(
-        &self,
-        device: &str,
-        family: AddressFamily,
-    ) -> Result<Vec<Neighbour>, LabError> {
+    async fn neighbours_of(&self, device: &str, family: AddressFamily) -> Result<Vec<Neighbour>, LabError> {
         let index = self.link(device).await?.index;
         let request = self.handle.neighbours().get().set_address_family(family);
         let messages: Vec<_> = request
@@ -525,48 +424,25 @@ impl Host {
             .try_collect()
             .await
             .context(|| self.says(format_args!("listing neighbours of {device}")))?;
-        Ok(messages
-            .iter()
-            .filter(|message| message.header.ifindex == index)
-            .map(neighbour_of)
-            .collect())
+        Ok(messages.iter().filter(|message| message.header.ifindex == index).map(neighbour_of).collect())
     }
 
     /// Adds or replaces a permanent neighbour.
-    pub async fn add_neighbour(
-        &self,
-        device: &str,
-        address: IpAddr,
-        mac: [u8; 6],
-    ) -> Result<(), LabError> {
+    pub async fn add_neighbour(&self, device: &str, address: IpAddr, mac: [u8; 6]) -> Result<(), LabError> {
         let index = self.link(device).await?.index;
-        let request = self
-            .handle
-            .neighbours()
-            .add(index, address)
-            .link_layer_address(&mac)
-            .replace();
-        request
-            .execute()
-            .await
-            .context(|| self.says(format_args!("adding neighbour {address} to {device}")))
+        let request = self.handle.neighbours().add(index, address).link_layer_address(&mac).replace();
+        request.execute().await.context(|| self.says(format_args!("adding neighbour {address} to {device}")))
     }
 
     /// Deletes a neighbour.
     pub async fn delete_neighbour(&self, device: &str, address: IpAddr) -> Result<(), LabError> {
         let mut message = NeighbourMessage::default();
-        message.header.family = if address.is_ipv4() {
-            AddressFamily::Inet
-        } else {
-            AddressFamily::Inet6
-        };
+        message.header.family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         message.header.ifindex = self.link(device).await?.index;
-        message
-            .attributes
-            .push(NeighbourAttribute::Destination(match address {
-                IpAddr::V4(address) => NeighbourAddress::Inet(address),
-                IpAddr::V6(address) => NeighbourAddress::Inet6(address),
-            }));
+        message.attributes.push(NeighbourAttribute::Destination(match address {
+            IpAddr::V4(address) => NeighbourAddress::Inet(address),
+            IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+        }));
         self.handle
             .neighbours()
             .del(message)
@@ -576,24 +452,11 @@ impl Host {
     }
 
     /// Adds or replaces an FDB entry of a VXLAN device: frames for `mac` go to the VTEP `remote`.
-    pub async fn add_fdb(
-        &self,
-        device: &str,
-        mac: [u8; 6],
-        remote: IpAddr,
-    ) -> Result<(), LabError> {
+    pub async fn add_fdb(&self, device: &str, mac: [u8; 6], remote: IpAddr) -> Result<(), LabError> {
         let index = self.link(device).await?.index;
-        let request = self
-            .handle
-            .neighbours()
-            .add_bridge(index, &mac)
-            .destination(remote)
-            .flags(NeighbourFlags::Own)
-            .replace();
-        request
-            .execute()
-            .await
-            .context(|| self.says(format_args!("adding FDB entry to {remote} on {device}")))
+        let request =
+            self.handle.neighbours().add_bridge(index, &mac).destination(remote).flags(NeighbourFlags::Own).replace();
+        request.execute().await.context(|| self.says(format_args!("adding FDB entry to {remote} on {device}")))
     }
 
     /// Deletes the FDB entry of a VXLAN device for `mac`.
@@ -602,9 +465,7 @@ impl Host {
         message.header.family = AddressFamily::Bridge;
         message.header.flags = NeighbourFlags::Own;
         message.header.ifindex = self.link(device).await?.index;
-        message
-            .attributes
-            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         self.handle
             .neighbours()
             .del(message)
@@ -618,19 +479,14 @@ impl Host {
     /// Reads a sysctl of the namespace: `net.ipv4.ip_forward`. Interface names with a dot need the form with slashes: `net/ipv4/conf/flannel.1/forwarding`.
     pub fn sysctl(&self, name: &str) -> Result<String, LabError> {
         let path = sysctl_path(name);
-        let text = self.netns.open(&format!("reading sysctl {name}"), || {
-            std::fs::read_to_string(&path)
-        })?;
+        let text = self.netns.open(&format!("reading sysctl {name}"), || std::fs::read_to_string(&path))?;
         Ok(text.trim().to_string())
     }
 
     /// Sets a sysctl of the namespace.
     pub fn set_sysctl(&self, name: &str, value: &str) -> Result<(), LabError> {
         let path = sysctl_path(name);
-        self.netns
-            .open(&format!("setting sysctl {name} to {value}"), || {
-                std::fs::write(&path, value)
-            })
+        self.netns.open(&format!("setting sysctl {name} to {value}"), || std::fs::write(&path, value))
     }
 
     /// Sets a sysctl if the kernel has it (bridge netfilter may not be loaded); returns whether it does.
@@ -645,11 +501,7 @@ impl Host {
 
 /// /proc/sys/net shows the namespace of the thread that opens it: so the path is the same everywhere.
 fn sysctl_path(name: &str) -> PathBuf {
-    let relative = if name.contains('/') {
-        name.to_string()
-    } else {
-        name.replace('.', "/")
-    };
+    let relative = if name.contains('/') { name.to_string() } else { name.replace('.', "/") };
     PathBuf::from("/proc/sys").join(relative)
 }
 
@@ -667,44 +519,22 @@ pub struct End<'a> {
 impl<'a> End<'a> {
     /// An end with a link-layer address of the kernel's choice.
     pub fn new(host: &'a Host, name: &'a str) -> Self {
-        Self {
-            host,
-            name,
-            mac: None,
-        }
+        Self { host, name, mac: None }
     }
 }
 
 /// Lays a wire: a veth pair with one end in each host, both up, both with `mtu`.
 pub async fn veth(a: End<'_>, b: End<'_>, mtu: u32) -> Result<(), LabError> {
-    let mut peer = LinkUnspec::new_with_name(b.name)
-        .mtu(mtu)
-        .setns_by_fd(b.host.netns.fd().as_raw_fd());
+    let mut peer = LinkUnspec::new_with_name(b.name).mtu(mtu).setns_by_fd(b.host.netns.fd().as_raw_fd());
     if let Some(mac) = b.mac {
         peer = peer.address(mac.to_vec());
     }
-    let mut pair = LinkVeth::new(a.name, b.name)
-        .mtu(mtu)
-        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build())));
+    let mut pair = LinkVeth::new(a.name, b.name).mtu(mtu).set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build())));
     if let Some(mac) = a.mac {
         pair = pair.address(mac.to_vec());
     }
-    let what = || {
-        format!(
-            "wire from {} in {} to {} in {}",
-            a.name,
-            a.host.name(),
-            b.name,
-            b.host.name()
-        )
-    };
-    a.host
-        .handle
-        .link()
-        .add(pair.build())
-        .execute()
-        .await
-        .context(what)?;
+    let what = || format!("wire from {} in {} to {} in {}", a.name, a.host.name(), b.name, b.host.name());
+    a.host.handle.link().add(pair.build()).execute().await.context(what)?;
     a.host.set_up(a.name).await?;
     b.host.set_up(b.name).await
 }
@@ -725,9 +555,7 @@ fn link_state(message: &LinkMessage) -> LinkState {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
-            LinkAttribute::OperState(state) => {
-                link.running = up && matches!(state, State::Up | State::Unknown)
-            }
+            LinkAttribute::OperState(state) => link.running = up && matches!(state, State::Up | State::Unknown),
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.to_string()),
@@ -742,20 +570,14 @@ fn link_state(message: &LinkMessage) -> LinkState {
 
 fn address_of(message: &AddressMessage) -> Option<IpNetwork> {
     // IFA_LOCAL is the address where both are there (on a point-to-point link IFA_ADDRESS is the peer); IPv6 has IFA_ADDRESS alone.
-    let local = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Local(address) => Some(*address),
-            _ => None,
-        });
-    let address = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        });
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
     IpNetwork::new(local.or(address)?, message.header.prefix_len).ok()
 }
 
@@ -787,14 +609,11 @@ fn route_of(message: &RouteMessage, named: &impl Fn(u32) -> Option<String>) -> O
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => {
-                route.destination =
-                    IpNetwork::new(ip_of(address)?, header.destination_prefix_length).ok()?
+                route.destination = IpNetwork::new(ip_of(address)?, header.destination_prefix_length).ok()?
             }
             RouteAttribute::Gateway(address) => route.gateway = ip_of(address),
             RouteAttribute::PrefSource(address) => route.source = ip_of(address),
-            RouteAttribute::Oif(index) => {
-                route.device = named(*index).unwrap_or_else(|| format!("if{index}"))
-            }
+            RouteAttribute::Oif(index) => route.device = named(*index).unwrap_or_else(|| format!("if{index}")),
             RouteAttribute::Priority(metric) => route.metric = Some(*metric),
             RouteAttribute::NhId(id) => route.nexthop_id = Some(*id),
             _ => {}
@@ -804,11 +623,8 @@ fn route_of(message: &RouteMessage, named: &impl Fn(u32) -> Option<String>) -> O
 }
 
 fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
-    let mut neighbour = Neighbour {
-        address: None,
-        mac: None,
-        permanent: message.header.state == NeighbourState::Permanent,
-    };
+    let mut neighbour =
+        Neighbour { address: None, mac: None, permanent: message.header.state == NeighbourState::Permanent };
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
@@ -817,9 +633,7 @@ fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
                 neighbour.address = Some((*address).into())
             }
-            NeighbourAttribute::LinkLayerAddress(mac) => {
-                neighbour.mac = mac.as_slice().try_into().ok()
-            }
+            NeighbourAttribute::LinkLayerAddress(mac) => neighbour.mac = mac.as_slice().try_into().ok(),
             _ => {}
         }
     }

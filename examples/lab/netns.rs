@@ -44,27 +44,17 @@ impl Netns {
         let made = on_a_thread(|| -> io::Result<OwnedFd> {
             unshare(CloneFlags::CLONE_NEWNET)?;
             loopback_up()?;
-            Ok(OwnedFd::from(std::fs::File::open(
-                "/proc/thread-self/ns/net",
-            )?))
+            Ok(OwnedFd::from(std::fs::File::open("/proc/thread-self/ns/net")?))
         })?;
-        let fd =
-            made.context(|| format!("making network namespace {name} (CAP_SYS_ADMIN is needed)"))?;
-        Ok(Self {
-            inner: Arc::new(Inner { name, fd }),
-        })
+        let fd = made.context(|| format!("making network namespace {name} (CAP_SYS_ADMIN is needed)"))?;
+        Ok(Self { inner: Arc::new(Inner { name, fd }) })
     }
 
     /// The namespace that this process runs in.
     pub fn current() -> Result<Self, LabError> {
-        let file = std::fs::File::open("/proc/thread-self/ns/net")
-            .context(|| "opening this network namespace".into())?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                name: "current".into(),
-                fd: file.into(),
-            }),
-        })
+        let file =
+            std::fs::File::open("/proc/thread-self/ns/net").context(|| "opening this network namespace".into())?;
+        Ok(Self { inner: Arc::new(Inner { name: "current".into(), fd: file.into() }) })
     }
 
     /// The name for messages.
@@ -79,12 +69,7 @@ impl Netns {
 
     /// The namespace as a path that other processes can open while this one lives: `nsenter --net=PATH`.
     pub fn path(&self) -> PathBuf {
-        format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            self.inner.fd.as_raw_fd()
-        )
-        .into()
+        format!("/proc/{}/fd/{}", std::process::id(), self.inner.fd.as_raw_fd()).into()
     }
 
     /// The command with which a person enters the namespace from another terminal, while this process lives.
@@ -96,10 +81,7 @@ impl Netns {
             // The namespace belongs to the user namespace, where alone this user has power over it.
             crate::Privilege::UserNamespace => {
                 let pid = std::process::id();
-                format!(
-                    "nsenter --user=/proc/{pid}/ns/user --preserve-credentials --net={}",
-                    net.display()
-                )
+                format!("nsenter --user=/proc/{pid}/ns/user --preserve-credentials --net={}", net.display())
             }
         }
     }
@@ -107,18 +89,12 @@ impl Netns {
     /// Runs `work` on a fresh thread inside the namespace and waits for it. For short work: it blocks the caller
     /// (about 50 us on top of the work). Sockets that `work` opens stay in the namespace wherever they are used later.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, LabError> {
-        on_a_thread(|| self.enter().map(|()| work()))?
-            .context(|| format!("entering network namespace {}", self.name()))
+        on_a_thread(|| self.enter().map(|()| work()))?.context(|| format!("entering network namespace {}", self.name()))
     }
 
     /// As [`Netns::run`], for work that itself can fail in the system; `what` is put before the error.
-    pub(crate) fn open<T: Send>(
-        &self,
-        what: &str,
-        work: impl FnOnce() -> io::Result<T> + Send,
-    ) -> Result<T, LabError> {
-        self.run(work)?
-            .context(|| format!("{what} in {}", self.name()))
+    pub(crate) fn open<T: Send>(&self, what: &str, work: impl FnOnce() -> io::Result<T> + Send) -> Result<T, LabError> {
+        self.run(work)?.context(|| format!("{what} in {}", self.name()))
     }
 
     /// A netlink connection into the namespace. Its task runs on the current tokio runtime and ends with the last clone of the handle.
@@ -148,9 +124,7 @@ impl Netns {
             .name(format!("netns-{}", self.name()))
             .spawn(move || {
                 let outcome = netns.enter().and_then(|()| {
-                    let runtime = tokio::runtime::Builder::new_current_thread()
-                        .enable_all()
-                        .build()?;
+                    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
                     Ok(runtime.block_on(async {
                         tokio::select! {
                             value = async { make().await } => Some(value),
@@ -162,21 +136,13 @@ impl Netns {
                 let _ = result_tx.send(outcome);
             })
             .context(|| format!("starting a thread for {}", self.name()))?;
-        Ok(NetnsTask {
-            name: self.name().into(),
-            result,
-            _cancel: cancel,
-        })
+        Ok(NetnsTask { name: self.name().into(), result, _cancel: cancel })
     }
 
     /// A TCP listener in the namespace; port 0 takes a free one.
     pub fn tcp_listener(&self, address: SocketAddr) -> Result<TcpListener, LabError> {
         let socket = self.open(&format!("listening on tcp {address}"), || {
-            let socket = Socket::new(
-                Domain::for_address(address),
-                Type::STREAM,
-                Some(Protocol::TCP),
-            )?;
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
             socket.set_nonblocking(true)?;
             socket.bind(&address.into())?;
@@ -202,11 +168,7 @@ impl Netns {
     /// A UDP socket in the namespace; port 0 takes a free one.
     pub fn udp_socket(&self, address: SocketAddr) -> Result<UdpSocket, LabError> {
         let socket = self.open(&format!("binding udp {address}"), || {
-            let socket = Socket::new(
-                Domain::for_address(address),
-                Type::DGRAM,
-                Some(Protocol::UDP),
-            )?;
+            let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
             socket.set_nonblocking(true)?;
             socket.bind(&address.into())?;
             Ok(socket)
@@ -232,14 +194,10 @@ impl<T> NetnsTask<T> {
     pub async fn join(self) -> Result<T, LabError> {
         match self.result.await {
             Ok(Ok(Some(value))) => Ok(value),
-            Ok(Err(source)) => Err(LabError::Io {
-                what: format!("running a task in {}", self.name),
-                source,
-            }),
-            Ok(Ok(None)) | Err(_) => Err(LabError::Invalid(format!(
-                "the task in {} ended without a result",
-                self.name
-            ))),
+            Ok(Err(source)) => Err(LabError::Io { what: format!("running a task in {}", self.name), source }),
+            Ok(Ok(None)) | Err(_) => {
+                Err(LabError::Invalid(format!("the task in {} ended without a result", self.name)))
+            }
         }
     }
 }
@@ -247,9 +205,7 @@ impl<T> NetnsTask<T> {
 /// Runs `work` on a thread of its own, so that the caller's namespace stays as it is. A panic in `work` goes on in the caller.
 fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, LabError> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .spawn_scoped(scope, work)
-            .context(|| "starting a thread".into())?;
+        let thread = std::thread::Builder::new().spawn_scoped(scope, work).context(|| "starting a thread".into())?;
         match thread.join() {
             Ok(value) => Ok(value),
             Err(panic) => std::panic::resume_unwind(panic),
@@ -283,8 +239,7 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     socket.send(&bytes, 0)?;
     let (answer, _) = socket.recv_from_full()?;
-    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map(|message| message.payload)
-    {
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map(|message| message.payload) {
         Ok(NetlinkPayload::Error(error)) if error.code.is_some() => Err(error.to_io()),
         Ok(_) => Ok(()),
         Err(error) => Err(io::Error::other(error.to_string())),

@@ -78,11 +78,7 @@ impl Pod {
 
 impl Node {
     /// Makes `cni0` (if it is not there) and `count` pods more, and waits until their links carry packets.
-    pub async fn attach_pods(
-        &mut self,
-        network: &PodNetwork,
-        count: usize,
-    ) -> Result<(), LabError> {
+    pub async fn attach_pods(&mut self, network: &PodNetwork, count: usize) -> Result<(), LabError> {
         let attached = self.pods.len();
         if attached + count > MOST_PODS.min(network.subnet.size() as usize - 3) {
             return Err(LabError::Invalid(format!(
@@ -92,9 +88,7 @@ impl Node {
         }
         if !self.host.has_link(BRIDGE).await? {
             self.host.add_bridge(BRIDGE, Some(network.mtu)).await?;
-            self.host
-                .add_address(BRIDGE, v4(network.gateway(), network.subnet.prefix()))
-                .await?;
+            self.host.add_address(BRIDGE, v4(network.gateway(), network.subnet.prefix())).await?;
         }
         let mut added = Vec::with_capacity(count);
         for _ in 0..count {
@@ -106,9 +100,7 @@ impl Node {
         }
         for pod in &added {
             pod.host.wait_running(POD_INTERFACE, LINKS_DEADLINE).await?;
-            self.host
-                .wait_running(&pod.node_interface, LINKS_DEADLINE)
-                .await?;
+            self.host.wait_running(&pod.node_interface, LINKS_DEADLINE).await?;
         }
         if !self.pods.is_empty() {
             self.host.wait_running(BRIDGE, LINKS_DEADLINE).await?;
@@ -117,16 +109,8 @@ impl Node {
     }
 
     fn next_pod_number(&self) -> u32 {
-        let highest = self
-            .pods
-            .iter()
-            .filter_map(|pod| {
-                pod.node_interface
-                    .strip_prefix("vethpod")?
-                    .parse::<u32>()
-                    .ok()
-            })
-            .max();
+        let highest =
+            self.pods.iter().filter_map(|pod| pod.node_interface.strip_prefix("vethpod")?.parse::<u32>().ok()).max();
         highest.map_or(0, |number| number + 1)
     }
 
@@ -137,30 +121,16 @@ impl Node {
 
         let [a, b, c, d] = address.octets();
         // As the article's pods have it: 0a:58 and the address.
-        let pod_end = End {
-            mac: Some([0x0a, 0x58, a, b, c, d]),
-            ..End::new(&host, POD_INTERFACE)
-        };
+        let pod_end = End { mac: Some([0x0a, 0x58, a, b, c, d]), ..End::new(&host, POD_INTERFACE) };
         veth(End::new(&self.host, &node_interface), pod_end, network.mtu).await?;
         self.host.add_port(BRIDGE, &node_interface, true).await?;
 
-        host.add_address(POD_INTERFACE, v4(address, network.subnet.prefix()))
-            .await?;
+        host.add_address(POD_INTERFACE, v4(address, network.subnet.prefix())).await?;
         let gateway = IpAddr::V4(network.gateway());
-        host.add_route(&Route::via(
-            v4(Ipv4Addr::UNSPECIFIED, 0),
-            gateway,
-            POD_INTERFACE,
-        ))
-        .await?;
+        host.add_route(&Route::via(v4(Ipv4Addr::UNSPECIFIED, 0), gateway, POD_INTERFACE)).await?;
         let cluster = v4_network(network.cluster.network(), network.cluster.prefix());
-        host.add_route(&Route::via(cluster.into(), gateway, POD_INTERFACE))
-            .await?;
-        Ok(Pod {
-            host,
-            address,
-            node_interface,
-        })
+        host.add_route(&Route::via(cluster.into(), gateway, POD_INTERFACE)).await?;
+        Ok(Pod { host, address, node_interface })
     }
 
     /// Gives a pod's own wire a larger MTU, so that the node's overlay device, and not the wire, is the narrowest place on its way.
@@ -175,10 +145,7 @@ impl Node {
     /// Removes a pod: its wire at once, its namespace with the last clone of the [`Pod`].
     pub async fn detach_pod(&mut self, address: Ipv4Addr) -> Result<(), LabError> {
         let Some(place) = self.pods.iter().position(|pod| pod.address == address) else {
-            return Err(LabError::Invalid(format!(
-                "{} has no pod {address}",
-                self.name()
-            )));
+            return Err(LabError::Invalid(format!("{} has no pod {address}", self.name())));
         };
         let pod = self.pods.remove(place);
         self.host.delete_link(&pod.node_interface).await

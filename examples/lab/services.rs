@@ -8,18 +8,14 @@ use std::io;
 use std::net::Ipv4Addr;
 
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate,
-    InetHookNumber, Meta, MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute,
-    RuleMessage, TableAttribute, TableMessage,
+    ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate, InetHookNumber, Meta,
+    MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
-use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
-};
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
 
 use crate::{Host, LabError};
 
@@ -53,22 +49,14 @@ pub struct Service {
 impl Service {
     /// The cluster's DNS at [`DNS_SERVICE`], port 53, answered by this pod.
     pub fn dns(backend: Ipv4Addr) -> Self {
-        Self {
-            address: DNS_SERVICE,
-            port: 53,
-            backend,
-        }
+        Self { address: DNS_SERVICE, port: 53, backend }
     }
 }
 
 /// Puts the table with these services into a node, in the place of the one that was there; one transaction.
 pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
     // Adding it first makes deleting it always succeed.
-    let mut batch = vec![
-        new_table(TABLE),
-        delete_table_message(TABLE),
-        new_table(TABLE),
-    ];
+    let mut batch = vec![new_table(TABLE), delete_table_message(TABLE), new_table(TABLE)];
     for (chain, hook, priority) in [
         ("prerouting", InetHookNumber::PreRouting, PRIORITY_DSTNAT),
         ("output", InetHookNumber::LocalOut, PRIORITY_DSTNAT),
@@ -90,10 +78,8 @@ pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
 /// The names of the nftables tables of a host, as `FAMILY NAME` (`ip lab-services`), in the kernel's order.
 pub fn tables(host: &Host) -> Result<Vec<String>, LabError> {
     let get = NfTablesMessage::GetTable(TableMessage { attributes: vec![] });
-    let mut message = NetlinkMessage::from(NetfilterMessage::new(
-        NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0),
-        get,
-    ));
+    let mut message =
+        NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0), get));
     message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     host.netns().open("listing nftables tables", || {
         let socket = socket()?;
@@ -122,19 +108,10 @@ pub fn delete_table(host: &Host, table: &str) -> Result<(), LabError> {
         Some(("ip6", name)) => (NetfilterProtoFamily::IPv6, name),
         Some(("inet", name)) => (NetfilterProtoFamily::Inet, name),
         _ => {
-            return Err(LabError::Invalid(format!(
-                "{table:?} is no table of family ip, ip6 or inet"
-            )));
+            return Err(LabError::Invalid(format!("{table:?} is no table of family ip, ip6 or inet")));
         }
     };
-    transaction(
-        host,
-        &format!("deleting table {table}"),
-        vec![Step {
-            family,
-            ..delete_table_message(name)
-        }],
-    )
+    transaction(host, &format!("deleting table {table}"), vec![Step { family, ..delete_table_message(name) }])
 }
 
 fn table_name(message: &NetfilterMessage) -> Option<String> {
@@ -150,13 +127,10 @@ fn table_name(message: &NetfilterMessage) -> Option<String> {
         NetfilterProtoFamily::NetDev => "netdev",
         _ => "other",
     };
-    table
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            TableAttribute::Name(name) => Some(format!("{family} {name}")),
-            _ => None,
-        })
+    table.attributes.iter().find_map(|attribute| match attribute {
+        TableAttribute::Name(name) => Some(format!("{family} {name}")),
+        _ => None,
+    })
 }
 
 // ---- the messages ----
@@ -169,45 +143,25 @@ struct Step {
 }
 
 fn step(flags: u16, message: NfTablesMessage) -> Step {
-    Step {
-        family: NetfilterProtoFamily::IPv4,
-        flags,
-        message,
-    }
+    Step { family: NetfilterProtoFamily::IPv4, flags, message }
 }
 
 fn new_table(name: &str) -> Step {
-    step(
-        NLM_F_CREATE,
-        NfTablesMessage::NewTable(TableMessage {
-            attributes: vec![TableAttribute::Name(name.into())],
-        }),
-    )
+    step(NLM_F_CREATE, NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
 }
 
 fn delete_table_message(name: &str) -> Step {
-    step(
-        0,
-        NfTablesMessage::DeleteTable(TableMessage {
-            attributes: vec![TableAttribute::Name(name.into())],
-        }),
-    )
+    step(0, NfTablesMessage::DeleteTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
 }
 
 fn new_nat_chain(name: &str, hook: InetHookNumber, priority: i32) -> Step {
     let attributes = vec![
         ChainAttribute::Table(TABLE.into()),
         ChainAttribute::Name(name.into()),
-        ChainAttribute::Hook(vec![
-            Hook::Number(HookNumber::Inet(hook)),
-            Hook::Priority(priority.cast_unsigned()),
-        ]),
+        ChainAttribute::Hook(vec![Hook::Number(HookNumber::Inet(hook)), Hook::Priority(priority.cast_unsigned())]),
         ChainAttribute::Type("nat".into()),
     ];
-    step(
-        NLM_F_CREATE,
-        NfTablesMessage::NewChain(ChainMessage { attributes }),
-    )
+    step(NLM_F_CREATE, NfTablesMessage::NewChain(ChainMessage { attributes }))
 }
 
 fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
@@ -216,10 +170,7 @@ fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
         RuleAttribute::Chain(chain.into()),
         RuleAttribute::Expressions(expressions.into_iter().map(Into::into).collect()),
     ];
-    step(
-        NLM_F_CREATE | NLM_F_APPEND,
-        NfTablesMessage::NewRule(RuleMessage { attributes }),
-    )
+    step(NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }))
 }
 
 /// `ip daddr SERVICE meta l4proto PROTOCOL th dport PORT dnat to BACKEND`
@@ -227,10 +178,7 @@ fn redirect(service: &Service, protocol: u8) -> Vec<Expressions> {
     vec![
         load(NETWORK_HEADER, 16, 4),
         equal(service.address.octets().to_vec()),
-        Expressions::Meta(vec![
-            Meta::DestinationRegister(Register::Reg1),
-            Meta::Key(MetaKey::L4Proto),
-        ]),
+        Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::L4Proto)]),
         equal(vec![protocol]),
         load(TRANSPORT_HEADER, 2, 2),
         equal(service.port.to_be_bytes().to_vec()),
@@ -255,10 +203,7 @@ fn hairpin_masquerade() -> Vec<Expressions> {
     bridge.resize(NAME_LENGTH, 0);
     let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
     vec![
-        Expressions::Meta(vec![
-            Meta::DestinationRegister(Register::Reg1),
-            Meta::Key(MetaKey::Oifname),
-        ]),
+        Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::Oifname)]),
         equal(bridge),
         // NFTA_CT_DREG = 1, NFTA_CT_KEY = 2.
         Expressions::Other {
@@ -271,10 +216,7 @@ fn hairpin_masquerade() -> Vec<Expressions> {
             Cmp::Op(Operator::NotEqual),
             Cmp::Data(DataAttribute::Value(vec![0; 4])),
         ]),
-        Expressions::Other {
-            expression_type: "masq".into(),
-            attributes: vec![],
-        },
+        Expressions::Other { expression_type: "masq".into(), attributes: vec![] },
     ]
 }
 
@@ -317,11 +259,7 @@ fn dnat_to_register_1() -> Expressions {
     let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
     Expressions::Other {
         expression_type: "nat".into(),
-        attributes: vec![
-            value(TYPE, DNAT),
-            value(FAMILY, NFPROTO_IPV4),
-            value(ADDRESS, u32::from(Register::Reg1)),
-        ],
+        attributes: vec![value(TYPE, DNAT), value(FAMILY, NFPROTO_IPV4), value(ADDRESS, u32::from(Register::Reg1))],
     }
 }
 
@@ -332,10 +270,7 @@ fn transaction(host: &Host, what: &str, steps: Vec<Step>) -> Result<(), LabError
     host.netns().open(what, || {
         let control = |message| {
             let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM);
-            let mut message = NetlinkMessage::from(NetfilterMessage::new(
-                header,
-                NetfilterMessageInner::None(message),
-            ));
+            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, NetfilterMessageInner::None(message)));
             message.header.flags = NLM_F_REQUEST;
             message
         };

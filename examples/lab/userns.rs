@@ -31,10 +31,7 @@ pub fn enter_user_namespace_if_needed() -> Result<Privilege, LabError> {
     if may_make_namespaces() {
         return Ok(Privilege::Already);
     }
-    let (uid, gid) = (
-        rustix::process::getuid().as_raw(),
-        rustix::process::getgid().as_raw(),
-    );
+    let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
     // Both at once: the new network namespace then belongs to the new user namespace.
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(refusal)?;
     // Without "deny" the kernel refuses a gid map from a user without privileges (user_namespaces(7)).
@@ -58,46 +55,31 @@ pub fn may_make_namespaces() -> bool {
 }
 
 fn write(path: &str, text: &str) -> Result<(), LabError> {
-    fs::write(path, text).map_err(|source| {
-        LabError::Forbidden(format!(
-            "writing {text:?} to {path}: {source}. {}",
-            advice()
-        ))
-    })
+    fs::write(path, text)
+        .map_err(|source| LabError::Forbidden(format!("writing {text:?} to {path}: {source}. {}", advice())))
 }
 
 fn refusal(errno: nix::errno::Errno) -> LabError {
     use nix::errno::Errno;
     LabError::Forbidden(match errno {
-        Errno::EINVAL => {
-            "a user namespace must be made before the process starts its second thread: \
+        Errno::EINVAL => "a user namespace must be made before the process starts its second thread: \
              call enter_user_namespace_if_needed() first in main, before the tokio runtime"
-                .into()
-        }
-        errno => format!(
-            "this user may not make a user namespace ({errno}). {}",
-            advice()
-        ),
+            .into(),
+        errno => format!("this user may not make a user namespace ({errno}). {}", advice()),
     })
 }
 
 /// What to do about it, from the switches that this machine has.
 fn advice() -> String {
-    let is =
-        |path: &str, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
+    let is = |path: &str, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
     let mut causes = Vec::new();
     if is("/proc/sys/kernel/unprivileged_userns_clone", "0") {
         causes.push("kernel.unprivileged_userns_clone is 0: as root, `sysctl -w kernel.unprivileged_userns_clone=1`");
     }
     if is("/proc/sys/user/max_user_namespaces", "0") {
-        causes.push(
-            "user.max_user_namespaces is 0: as root, `sysctl -w user.max_user_namespaces=15000`",
-        );
+        causes.push("user.max_user_namespaces is 0: as root, `sysctl -w user.max_user_namespaces=15000`");
     }
-    if is(
-        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-        "1",
-    ) {
+    if is("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
         causes.push(
             "AppArmor restricts user namespaces: as root, `sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`",
         );

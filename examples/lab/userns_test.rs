@@ -15,55 +15,30 @@ fn main() {
     let ordinary = become_nobody();
     match enter_user_namespace_if_needed() {
         Ok(privilege) => {
-            let expected = if ordinary {
-                Privilege::UserNamespace
-            } else {
-                Privilege::Already
-            };
+            let expected = if ordinary { Privilege::UserNamespace } else { Privilege::Already };
             assert_eq!(privilege, expected);
         }
         Err(LabError::Forbidden(text)) if ordinary => {
-            assert!(
-                text.contains("as root"),
-                "the error says what to do: {text}"
-            );
+            assert!(text.contains("as root"), "the error says what to do: {text}");
             println!("not shown, this machine forbids it: {text}");
             return;
         }
         Err(error) => panic!("{error}"),
     }
     assert!(userns::may_make_namespaces());
-    assert_eq!(
-        enter_user_namespace_if_needed().expect("a second call"),
-        Privilege::Already
-    );
+    assert_eq!(enter_user_namespace_if_needed().expect("a second call"), Privilege::Already);
 
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let mut lab = Lab::build(LabSpec::default()).await.expect("a lab");
         lab.attach_pods(1410).await.expect("pods");
         let (a, b) = (&lab.nodes()[0], &lab.nodes()[2]);
-        let options = PingOptions {
-            timeout: Duration::from_secs(5),
-            ..PingOptions::default()
-        };
-        let report = ping(a.netns(), b.address().into(), options)
-            .await
-            .expect("a ping");
+        let options = PingOptions { timeout: Duration::from_secs(5), ..PingOptions::default() };
+        let report = ping(a.netns(), b.address().into(), options).await.expect("a ping");
         assert!(report.all_answered(), "{report:?}");
     });
-    println!(
-        "{}: ok",
-        if ordinary {
-            "a lab by an ordinary user"
-        } else {
-            "a lab by root"
-        }
-    );
+    println!("{}: ok", if ordinary { "a lab by an ordinary user" } else { "a lab by root" });
 }
 
 /// Gives up root for good, if this process has it and the user exists here (inside `unshare -Ur` it does not).
@@ -72,9 +47,8 @@ fn become_nobody() -> bool {
     if !userns::may_make_namespaces() {
         return true;
     }
-    let dropped = setgroups(&[])
-        .and_then(|()| setgid(Gid::from_raw(NOBODY)))
-        .and_then(|()| setuid(Uid::from_raw(NOBODY)));
+    let dropped =
+        setgroups(&[]).and_then(|()| setgid(Gid::from_raw(NOBODY))).and_then(|()| setuid(Uid::from_raw(NOBODY)));
     if dropped.is_err() {
         return false;
     }

@@ -12,11 +12,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// Waits until `state` is true and returns how long that took; [`LabError::Deadline`] with `what` after `deadline`.
 /// An error of `state` itself ends the wait. Cancel safe.
-pub async fn wait_until<F, Fut>(
-    what: &str,
-    deadline: Duration,
-    mut state: F,
-) -> Result<Duration, LabError>
+pub async fn wait_until<F, Fut>(what: &str, deadline: Duration, mut state: F) -> Result<Duration, LabError>
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result<bool, LabError>>,
@@ -27,10 +23,7 @@ where
             return Ok(start.elapsed());
         }
         if start.elapsed() >= deadline {
-            return Err(LabError::Deadline {
-                what: what.to_string(),
-                after: deadline,
-            });
+            return Err(LabError::Deadline { what: what.to_string(), after: deadline });
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use etherparse::{EtherType, IpNumber, LaxNetSlice, LaxSlicedPacket, LinkSlice, TransportSlice};
-use nix::sys::socket::{
-    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, sockopt,
-};
+use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, sockopt};
 use serde::Serialize;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
@@ -127,9 +125,7 @@ pub struct CaptureReport {
 impl CaptureReport {
     /// The frames that carry VXLAN.
     pub fn vxlan(&self) -> impl Iterator<Item = (&Frame, &VxlanHeader)> {
-        self.frames
-            .iter()
-            .filter_map(|frame| Some((frame, frame.vxlan.as_ref()?)))
+        self.frames.iter().filter_map(|frame| Some((frame, frame.vxlan.as_ref()?)))
     }
 }
 
@@ -164,46 +160,27 @@ impl Capture {
     ) -> Result<Self, LabError> {
         let index = host.link(interface).await?.index as usize;
         let what = format!("the capture on {interface} in {}", host.name());
-        let socket = host
-            .netns()
-            .open(&format!("capturing on {interface}"), || {
-                let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-                let socket = nix::sys::socket::socket(
-                    AddressFamily::Packet,
-                    SockType::Raw,
-                    flags,
-                    SockProtocol::EthAll,
-                )?;
-                // As large as the machine allows; what does not fit is lost to the capture.
-                setsockopt(&socket, sockopt::RcvBuf, &(4 << 20))?;
-                Ok(socket)
-            })?;
+        let socket = host.netns().open(&format!("capturing on {interface}"), || {
+            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+            let socket = nix::sys::socket::socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
+            // As large as the machine allows; what does not fit is lost to the capture.
+            setsockopt(&socket, sockopt::RcvBuf, &(4 << 20))?;
+            Ok(socket)
+        })?;
         let socket = register(socket).context(|| format!("registering {what} with tokio"))?;
         let store = Arc::new(Mutex::new(Store::default()));
         let task = tokio::spawn(receive(socket, index, Box::new(wanted), Arc::clone(&store)));
-        Ok(Self {
-            store,
-            what,
-            _task: AbortOnDrop(task),
-        })
+        Ok(Self { store, what, _task: AbortOnDrop(task) })
     }
 
     /// What was captured so far.
     pub fn report(&self) -> CaptureReport {
         let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        CaptureReport {
-            frames: store.frames.iter().cloned().collect(),
-            seen: store.seen,
-            fragments: store.fragments,
-        }
+        CaptureReport { frames: store.frames.iter().cloned().collect(), seen: store.seen, fragments: store.fragments }
     }
 
     /// Waits for a frame and returns the first such. Frames already captured count. Cancel safe.
-    pub async fn wait_for(
-        &self,
-        deadline: Duration,
-        is_it: impl Fn(&Frame) -> bool,
-    ) -> Result<Frame, LabError> {
+    pub async fn wait_for(&self, deadline: Duration, is_it: impl Fn(&Frame) -> bool) -> Result<Frame, LabError> {
         let mut found = None;
         let what = format!("{} has seen the frame that is waited for", self.what);
         wait_until(&what, deadline, || {
@@ -228,11 +205,7 @@ async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc
         if address.ifindex() != interface {
             continue;
         }
-        let direction = if address.pkttype() == OUTGOING {
-            Direction::Out
-        } else {
-            Direction::In
-        };
+        let direction = if address.pkttype() == OUTGOING { Direction::Out } else { Direction::In };
         let Some(frame) = decode(direction, &buffer[..length]) else {
             continue;
         };
@@ -321,7 +294,6 @@ impl Frame {
 
     /// Whether this is an ICMP packet that is not inside VXLAN.
     pub fn is_icmp(&self) -> bool {
-        self.ipv4
-            .is_some_and(|header| header.protocol == IpNumber::ICMP.0)
+        self.ipv4.is_some_and(|header| header.protocol == IpNumber::ICMP.0)
     }
 }

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use simple_dns::rdata::{A, RData};
-use simple_dns::{
-    CLASS, Name, Packet, PacketFlag, QCLASS, QTYPE, Question, RCODE, ResourceRecord, TYPE,
-};
+use simple_dns::{CLASS, Name, Packet, PacketFlag, QCLASS, QTYPE, Question, RCODE, ResourceRecord, TYPE};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::echo::unspecified;
@@ -39,11 +37,7 @@ pub struct DnsServer {
 impl DnsServer {
     /// Starts a server that knows [`KUBERNETES`]; it listens when this returns. Port 53 as a rule.
     pub fn start(netns: &Netns, address: SocketAddr) -> Result<Self, LabError> {
-        Self::with_names(
-            netns,
-            address,
-            [(KUBERNETES.to_string(), KUBERNETES_SERVICE)],
-        )
+        Self::with_names(netns, address, [(KUBERNETES.to_string(), KUBERNETES_SERVICE)])
     }
 
     /// Starts a server that knows these names (lower case, without a dot at the end).
@@ -84,11 +78,7 @@ impl DnsServer {
                 }
             }
         });
-        Ok(Self {
-            address,
-            _udp: AbortOnDrop(udp),
-            _tcp: AbortOnDrop(tcp),
-        })
+        Ok(Self { address, _udp: AbortOnDrop(udp), _tcp: AbortOnDrop(tcp) })
     }
 
     /// Where it listens.
@@ -120,39 +110,27 @@ pub async fn dns_query(
     transport: Transport,
     deadline: Duration,
 ) -> Result<DnsAnswer, LabError> {
-    let what = format!(
-        "an answer over {transport:?} from the DNS server {server} to {}",
-        from.name()
-    );
+    let what = format!("an answer over {transport:?} from the DNS server {server} to {}", from.name());
     let ask = async {
         match transport {
             Transport::Udp => ask_udp(from, server, name).await,
             Transport::Tcp => ask_tcp(from, server, name).await,
         }
     };
-    tokio::time::timeout(deadline, ask)
-        .await
-        .map_err(|_| LabError::Deadline {
-            what,
-            after: deadline,
-        })?
+    tokio::time::timeout(deadline, ask).await.map_err(|_| LabError::Deadline { what, after: deadline })?
 }
 
 async fn ask_udp(from: &Netns, server: SocketAddr, name: &str) -> Result<DnsAnswer, LabError> {
     // Connected: an answer from any other address than the one asked is not taken, as in a resolver.
     let socket = from.udp_socket(unspecified(server))?;
-    socket
-        .connect(server)
-        .await
-        .context(|| format!("choosing a route to {server} in {}", from.name()))?;
+    socket.connect(server).await.context(|| format!("choosing a route to {server} in {}", from.name()))?;
     let mut buffer = [0; 4096];
     for id in 1.. {
         let sent = Instant::now();
         let _ = socket.send(&question(id, name)?).await;
         match tokio::time::timeout(Duration::from_millis(200), socket.recv(&mut buffer)).await {
             Ok(Ok(length)) => {
-                if let Some(answer) = read_answer(&buffer[..length], id, name, Transport::Udp, sent)
-                {
+                if let Some(answer) = read_answer(&buffer[..length], id, name, Transport::Udp, sent) {
                     return Ok(answer);
                 }
             }
@@ -168,9 +146,7 @@ async fn ask_tcp(from: &Netns, server: SocketAddr, name: &str) -> Result<DnsAnsw
     let sent = Instant::now();
     let mut stream = from.tcp_connect(server).await?;
     let what = || format!("asking {server} over tcp in {}", from.name());
-    write_message(&mut stream, &question(1, name)?)
-        .await
-        .context(what)?;
+    write_message(&mut stream, &question(1, name)?).await.context(what)?;
     let reply = read_message(&mut stream).await.context(what)?;
     read_answer(&reply, 1, name, Transport::Tcp, sent)
         .ok_or_else(|| LabError::Invalid(format!("{server} answered something else than DNS")))
@@ -183,32 +159,17 @@ fn question(id: u16, name: &str) -> Result<Vec<u8>, LabError> {
     let mut packet = Packet::new_query(id);
     packet.set_flags(PacketFlag::RECURSION_DESIRED);
     let name = Name::new(name).map_err(bad)?;
-    packet.questions.push(Question::new(
-        name,
-        QTYPE::TYPE(TYPE::A),
-        QCLASS::CLASS(CLASS::IN),
-        false,
-    ));
+    packet.questions.push(Question::new(name, QTYPE::TYPE(TYPE::A), QCLASS::CLASS(CLASS::IN), false));
     packet.build_bytes_vec().map_err(bad)
 }
 
-fn read_answer(
-    bytes: &[u8],
-    id: u16,
-    name: &str,
-    transport: Transport,
-    sent: Instant,
-) -> Option<DnsAnswer> {
-    let packet = Packet::parse(bytes)
-        .ok()
-        .filter(|packet| packet.id() == id && packet.has_flags(PacketFlag::RESPONSE))?;
-    let addresses = packet
-        .answers
-        .iter()
-        .filter_map(|record| match &record.rdata {
-            RData::A(a) => Some(Ipv4Addr::from(a.address)),
-            _ => None,
-        });
+fn read_answer(bytes: &[u8], id: u16, name: &str, transport: Transport, sent: Instant) -> Option<DnsAnswer> {
+    let packet =
+        Packet::parse(bytes).ok().filter(|packet| packet.id() == id && packet.has_flags(PacketFlag::RESPONSE))?;
+    let addresses = packet.answers.iter().filter_map(|record| match &record.rdata {
+        RData::A(a) => Some(Ipv4Addr::from(a.address)),
+        _ => None,
+    });
     Some(DnsAnswer {
         name: name.to_string(),
         addresses: addresses.collect(),
@@ -220,9 +181,7 @@ fn read_answer(
 
 /// The server's answer; nothing to what is no question.
 fn answer(bytes: &[u8], zone: &BTreeMap<String, Ipv4Addr>) -> Option<Vec<u8>> {
-    let packet = Packet::parse(bytes)
-        .ok()
-        .filter(|packet| !packet.has_flags(PacketFlag::RESPONSE))?;
+    let packet = Packet::parse(bytes).ok().filter(|packet| !packet.has_flags(PacketFlag::RESPONSE))?;
     let mut reply = Packet::new_reply(packet.id());
     reply.set_flags(PacketFlag::AUTHORITATIVE_ANSWER);
     let mut known = false;
@@ -230,15 +189,8 @@ fn answer(bytes: &[u8], zone: &BTreeMap<String, Ipv4Addr>) -> Option<Vec<u8>> {
         if let Some(&address) = zone.get(&question.qname.to_string().to_ascii_lowercase()) {
             known = true;
             if matches!(question.qtype, QTYPE::TYPE(TYPE::A) | QTYPE::ANY) {
-                let rdata = RData::A(A {
-                    address: address.into(),
-                });
-                reply.answers.push(ResourceRecord::new(
-                    question.qname.clone(),
-                    CLASS::IN,
-                    TTL,
-                    rdata,
-                ));
+                let rdata = RData::A(A { address: address.into() });
+                reply.answers.push(ResourceRecord::new(question.qname.clone(), CLASS::IN, TTL, rdata));
             }
         }
         reply.questions.push(question);

@@ -57,11 +57,7 @@ impl EchoServer {
                 }
             }
         });
-        Ok(Self {
-            address,
-            _udp: AbortOnDrop(udp),
-            _tcp: AbortOnDrop(tcp),
-        })
+        Ok(Self { address, _udp: AbortOnDrop(udp), _tcp: AbortOnDrop(tcp) })
     }
 
     /// Where it listens.
@@ -77,35 +73,22 @@ pub async fn seen_as(
     transport: Transport,
     deadline: Duration,
 ) -> Result<SocketAddr, LabError> {
-    let what = format!(
-        "an answer over {transport:?} from the echo server {server} to {}",
-        from.name()
-    );
+    let what = format!("an answer over {transport:?} from the echo server {server} to {}", from.name());
     let ask = async {
         match transport {
             Transport::Udp => ask_udp(from, server).await,
             Transport::Tcp => ask_tcp(from, server).await,
         }
     };
-    let text = tokio::time::timeout(deadline, ask)
-        .await
-        .map_err(|_| LabError::Deadline {
-            what,
-            after: deadline,
-        })??;
-    text.parse().map_err(|_| {
-        LabError::Invalid(format!(
-            "the echo server {server} answered {text:?}, which is no address"
-        ))
-    })
+    let text =
+        tokio::time::timeout(deadline, ask).await.map_err(|_| LabError::Deadline { what, after: deadline })??;
+    text.parse()
+        .map_err(|_| LabError::Invalid(format!("the echo server {server} answered {text:?}, which is no address")))
 }
 
 async fn ask_udp(from: &Netns, server: SocketAddr) -> Result<String, LabError> {
     let socket = from.udp_socket(unspecified(server))?;
-    socket
-        .connect(server)
-        .await
-        .context(|| format!("choosing a route to {server} in {}", from.name()))?;
+    socket.connect(server).await.context(|| format!("choosing a route to {server} in {}", from.name()))?;
     let mut buffer = [0; 512];
     loop {
         // Refusals of what was sent before are repeated too: the server may not be reachable yet.
@@ -113,10 +96,7 @@ async fn ask_udp(from: &Netns, server: SocketAddr) -> Result<String, LabError> {
         let attempt = Instant::now();
         match tokio::time::timeout(Duration::from_millis(200), socket.recv(&mut buffer)).await {
             Ok(Ok(length)) => return Ok(String::from_utf8_lossy(&buffer[..length]).into_owned()),
-            Ok(Err(_)) => {
-                tokio::time::sleep(Duration::from_millis(20).saturating_sub(attempt.elapsed()))
-                    .await
-            }
+            Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(20).saturating_sub(attempt.elapsed())).await,
             Err(_) => {}
         }
     }
@@ -125,10 +105,7 @@ async fn ask_udp(from: &Netns, server: SocketAddr) -> Result<String, LabError> {
 async fn ask_tcp(from: &Netns, server: SocketAddr) -> Result<String, LabError> {
     let mut stream = from.tcp_connect(server).await?;
     let mut text = String::new();
-    stream
-        .read_to_string(&mut text)
-        .await
-        .context(|| format!("reading from {server} in {}", from.name()))?;
+    stream.read_to_string(&mut text).await.context(|| format!("reading from {server} in {}", from.name()))?;
     Ok(text)
 }
 

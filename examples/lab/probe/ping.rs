@@ -117,10 +117,7 @@ pub async fn ping(from: &Netns, to: IpAddr, options: PingOptions) -> Result<Ping
 }
 
 /// Pings all pairs at once, with at most 32 on the way at a time, and reports in the order of `pairs`.
-pub async fn ping_all(
-    pairs: Vec<(Netns, IpAddr)>,
-    options: PingOptions,
-) -> Result<Vec<PingReport>, LabError> {
+pub async fn ping_all(pairs: Vec<(Netns, IpAddr)>, options: PingOptions) -> Result<Vec<PingReport>, LabError> {
     use futures::{StreamExt as _, TryStreamExt as _};
     futures::stream::iter(pairs)
         .map(|(from, to)| async move { ping(&from, to, options).await })
@@ -151,12 +148,7 @@ impl PingStream {
             }
             Ok(())
         };
-        tokio::time::timeout(deadline, first)
-            .await
-            .map_err(|_| LabError::Deadline {
-                what,
-                after: deadline,
-            })??;
+        tokio::time::timeout(deadline, first).await.map_err(|_| LabError::Deadline { what, after: deadline })??;
         pinger.forget();
 
         let (stop, mut stopped) = oneshot::channel();
@@ -173,10 +165,7 @@ impl PingStream {
                 }
             }
         });
-        Ok(Self {
-            stop,
-            task: AbortOnDrop(task),
-        })
+        Ok(Self { stop, task: AbortOnDrop(task) })
     }
 
     /// Stops sending, waits for what is on its way (at most `options.timeout`) and reports.
@@ -213,39 +202,25 @@ impl Pinger {
         /// Each pinger has an identifier of its own: raw sockets see the answers to all of them.
         static NEXT: AtomicU16 = AtomicU16::new(1);
         if !to.is_ipv4() {
-            return Err(LabError::Invalid(format!(
-                "the lab pings IPv4 addresses only, not {to}"
-            )));
+            return Err(LabError::Invalid(format!("the lab pings IPv4 addresses only, not {to}")));
         }
-        let Some(payload) = options
-            .ip_length
-            .checked_sub(IPV4_HEADER + ICMP_HEADER)
-            .filter(|_| options.ip_length <= 65535)
+        let Some(payload) =
+            options.ip_length.checked_sub(IPV4_HEADER + ICMP_HEADER).filter(|_| options.ip_length <= 65535)
         else {
-            return Err(LabError::Invalid(format!(
-                "a ping is 28 to 65535 bytes long, not {}",
-                options.ip_length
-            )));
+            return Err(LabError::Invalid(format!("a ping is 28 to 65535 bytes long, not {}", options.ip_length)));
         };
         let dont_fragment = options.dont_fragment;
-        let socket = from.open(
-            "opening a raw socket for pings (CAP_NET_RAW is needed)",
-            || {
-                let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
-                socket.set_nonblocking(true)?;
-                socket.set_recv_buffer_size(1 << 20)?;
-                // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
-                set_ip_mtu_discover(
-                    &socket,
-                    if dont_fragment {
-                        Ipv4PathMtuDiscovery::PROBE
-                    } else {
-                        Ipv4PathMtuDiscovery::DONT
-                    },
-                )?;
-                Ok(socket)
-            },
-        )?;
+        let socket = from.open("opening a raw socket for pings (CAP_NET_RAW is needed)", || {
+            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+            socket.set_nonblocking(true)?;
+            socket.set_recv_buffer_size(1 << 20)?;
+            // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
+            set_ip_mtu_discover(
+                &socket,
+                if dont_fragment { Ipv4PathMtuDiscovery::PROBE } else { Ipv4PathMtuDiscovery::DONT },
+            )?;
+            Ok(socket)
+        })?;
         Ok(Self {
             socket: register(socket.into()).context(|| "registering a socket with tokio".into())?,
             to: SocketAddr::new(to, 0),
@@ -280,20 +255,13 @@ impl Pinger {
         self.report.sent += 1;
         match SockRef::from(&self.socket).send_to(&packet, &self.to.into()) {
             Ok(_) => Ok(()),
-            Err(error)
-                if error.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) =>
-            {
-                self.report
-                    .too_big
-                    .get_or_insert(TooBig { by: None, mtu: 0 });
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) => {
+                self.report.too_big.get_or_insert(TooBig { by: None, mtu: 0 });
                 Ok(())
             }
             // What a broken network looks like from here: no route, no buffer. Such a packet is lost.
             Err(error) if is_loss(&error) => Ok(()),
-            Err(source) => Err(LabError::Io {
-                what: format!("sending a ping to {}", self.to.ip()),
-                source,
-            }),
+            Err(source) => Err(LabError::Io { what: format!("sending a ping to {}", self.to.ip()), source }),
         }
     }
 
@@ -309,10 +277,7 @@ impl Pinger {
                 // An error that the network reported about an earlier packet: that one is lost.
                 Err(error) if is_loss(&error) || error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => {
-                    return Err(LabError::Io {
-                        what: "receiving pings".into(),
-                        source,
-                    });
+                    return Err(LabError::Io { what: "receiving pings".into(), source });
                 }
             }
         }
@@ -323,16 +288,11 @@ impl Pinger {
             return;
         };
         match (icmp.first(), icmp.get(1)) {
-            (Some(&ECHO_REPLY), _)
-                if echo_identity(icmp).is_some_and(|(id, _)| id == self.identifier) =>
-            {
+            (Some(&ECHO_REPLY), _) if echo_identity(icmp).is_some_and(|(id, _)| id == self.identifier) => {
                 let Some((_, sequence)) = echo_identity(icmp) else {
                     return;
                 };
-                let Some(sent) = self
-                    .by_sequence
-                    .get(&sequence)
-                    .and_then(|&index| self.sent.get_mut(index as usize))
+                let Some(sent) = self.by_sequence.get(&sequence).and_then(|&index| self.sent.get_mut(index as usize))
                 else {
                     return;
                 };
@@ -343,11 +303,7 @@ impl Pinger {
                 let rtt = micros(now - sent);
                 self.rtt_total += now - sent;
                 self.report.received += 1;
-                self.report.rtt_min_us = if self.report.received == 1 {
-                    rtt
-                } else {
-                    self.report.rtt_min_us.min(rtt)
-                };
+                self.report.rtt_min_us = if self.report.received == 1 { rtt } else { self.report.rtt_min_us.min(rtt) };
                 self.report.rtt_max_us = self.report.rtt_max_us.max(rtt);
                 if let Some(last) = self.last_answer {
                     self.report.longest_gap_us = self.report.longest_gap_us.max(micros(now - last));
@@ -356,17 +312,13 @@ impl Pinger {
             }
             (Some(&UNREACHABLE), Some(&FRAGMENTATION_NEEDED)) => {
                 // RFC 1191: the MTU is in bytes 6 and 7; then the start of the packet it is about.
-                let about = icmp
-                    .get(ICMP_HEADER..)
-                    .and_then(split_ipv4)
-                    .and_then(|(_, inner)| echo_identity(inner));
+                let about = icmp.get(ICMP_HEADER..).and_then(split_ipv4).and_then(|(_, inner)| echo_identity(inner));
                 if let (Some((id, _)), Some(&[high, low])) = (about, icmp.get(6..8))
                     && id == self.identifier
                 {
-                    self.report.too_big.get_or_insert(TooBig {
-                        by: Some(source),
-                        mtu: u16::from_be_bytes([high, low]),
-                    });
+                    self.report
+                        .too_big
+                        .get_or_insert(TooBig { by: Some(source), mtu: u16::from_be_bytes([high, low]) });
                 }
             }
             _ => {}
@@ -378,9 +330,7 @@ impl Pinger {
         let stopped = Instant::now();
         let end = stopped + timeout;
         let mut newest_answered = None;
-        while self.report.received < self.report.sent
-            && !(self.report.sent == 1 && self.report.too_big.is_some())
-        {
+        while self.report.received < self.report.sent && !(self.report.sent == 1 && self.report.too_big.is_some()) {
             // Once the newest packet is answered, what is still missing is late only if the network reorders.
             if newest_answered.is_none() && self.sent.last().is_some_and(Option::is_none) {
                 newest_answered = Some(Instant::now());
@@ -402,9 +352,7 @@ impl Pinger {
             self.report.longest_loss = self.report.longest_loss.max(in_a_row);
         }
         self.report.lost = self.report.sent - self.report.received;
-        self.report.rtt_avg_us = micros(self.rtt_total)
-            .checked_div(self.report.received)
-            .unwrap_or(0);
+        self.report.rtt_avg_us = micros(self.rtt_total).checked_div(self.report.received).unwrap_or(0);
         Ok(self.report)
     }
 }
@@ -422,24 +370,13 @@ fn is_loss(error: &io::Error) -> bool {
         Errno::HOSTDOWN,
     ];
     error.kind() == io::ErrorKind::WouldBlock
-        || error
-            .raw_os_error()
-            .is_some_and(|code| losses.iter().any(|errno| errno.raw_os_error() == code))
+        || error.raw_os_error().is_some_and(|code| losses.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 fn echo_request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
     let [id_high, id_low] = identifier.to_be_bytes();
     let [sequence_high, sequence_low] = sequence.to_be_bytes();
-    let mut packet = vec![
-        ECHO_REQUEST,
-        0,
-        0,
-        0,
-        id_high,
-        id_low,
-        sequence_high,
-        sequence_low,
-    ];
+    let mut packet = vec![ECHO_REQUEST, 0, 0, 0, id_high, id_low, sequence_high, sequence_low];
     packet.resize(ICMP_HEADER + payload, b'p');
     let sum = checksum(&packet).to_be_bytes();
     packet[2..4].copy_from_slice(&sum);
@@ -448,15 +385,8 @@ fn echo_request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
 
 /// The Internet checksum (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| {
-            u32::from(u16::from_be_bytes([
-                pair[0],
-                pair.get(1).copied().unwrap_or(0),
-            ]))
-        })
-        .sum();
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

@@ -48,18 +48,9 @@ pub async fn tcp_throughput(
         socket.set_read_timeout(Some(CONNECT))?;
         Ok(socket)
     })?;
-    let server = listener
-        .local_addr()
-        .ok()
-        .and_then(|bound| bound.as_socket())
-        .unwrap_or(any);
-    let client = from.open("opening a tcp socket", || {
-        Socket::new(
-            Domain::for_address(server),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )
-    })?;
+    let server = listener.local_addr().ok().and_then(|bound| bound.as_socket()).unwrap_or(any);
+    let client = from
+        .open("opening a tcp socket", || Socket::new(Domain::for_address(server), Type::STREAM, Some(Protocol::TCP)))?;
     let names = (from.name().to_string(), to.name().to_string());
 
     let receiver = tokio::task::spawn_blocking(move || -> std::io::Result<(u64, Duration)> {
@@ -89,25 +80,13 @@ pub async fn tcp_throughput(
         Ok(())
     });
     let what = |doing: &str| format!("{doing} tcp from {} to {} ({server})", names.0, names.1);
-    let join = |error: tokio::task::JoinError| {
-        LabError::Invalid(format!("a thread of the throughput probe ended: {error}"))
-    };
+    let join =
+        |error: tokio::task::JoinError| LabError::Invalid(format!("a thread of the throughput probe ended: {error}"));
     sender.await.map_err(join)?.context(|| what("sending"))?;
-    let (bytes, took) = receiver
-        .await
-        .map_err(join)?
-        .context(|| what("receiving"))?;
+    let (bytes, took) = receiver.await.map_err(join)?.context(|| what("receiving"))?;
     let seconds = took.as_secs_f64();
-    let gbit_per_s = if seconds > 0.0 {
-        bytes as f64 * 8.0 / seconds / 1e9
-    } else {
-        0.0
-    };
-    Ok(Throughput {
-        bytes,
-        seconds,
-        gbit_per_s,
-    })
+    let gbit_per_s = if seconds > 0.0 { bytes as f64 * 8.0 / seconds / 1e9 } else { 0.0 };
+    Ok(Throughput { bytes, seconds, gbit_per_s })
 }
 
 /// What became of a long connection.
@@ -142,30 +121,18 @@ impl SteadyStream {
         bytes_per_second: Option<u64>,
     ) -> Result<Self, LabError> {
         let listener = to.tcp_listener(SocketAddr::new(address, 0))?;
-        let server = listener
-            .local_addr()
-            .context(|| "asking a listener for its port".into())?;
-        let what = || {
-            format!(
-                "a tcp connection from {} to {} ({server})",
-                from.name(),
-                to.name()
-            )
-        };
+        let server = listener.local_addr().context(|| "asking a listener for its port".into())?;
+        let what = || format!("a tcp connection from {} to {} ({server})", from.name(), to.name());
         let both = async { tokio::join!(from.tcp_connect(server), listener.accept()) };
         let Ok((client, accepted)) = tokio::time::timeout(CONNECT, both).await else {
-            return Err(LabError::Deadline {
-                what: what(),
-                after: CONNECT,
-            });
+            return Err(LabError::Deadline { what: what(), after: CONNECT });
         };
         let mut client = client?;
         let (mut server_side, _) = accepted.context(what)?;
 
         let sender = tokio::spawn(async move {
             let chunk = vec![0; CHUNK];
-            let pause = bytes_per_second
-                .map(|rate| Duration::from_secs_f64(CHUNK as f64 / rate.max(1) as f64));
+            let pause = bytes_per_second.map(|rate| Duration::from_secs_f64(CHUNK as f64 / rate.max(1) as f64));
             let mut ticks = pause.map(tokio::time::interval);
             // The receiver reports how it ended.
             while client.write_all(&chunk).await.is_ok() {
@@ -177,10 +144,7 @@ impl SteadyStream {
         let mut buffer = vec![0; CHUNK];
         let first = tokio::time::timeout(CONNECT, server_side.read(&mut buffer)).await;
         let Ok(first) = first else {
-            return Err(LabError::Deadline {
-                what: format!("a byte over {}", what()),
-                after: CONNECT,
-            });
+            return Err(LabError::Deadline { what: format!("a byte over {}", what()), after: CONNECT });
         };
         first.context(|| format!("reading from {}", what()))?;
 
@@ -188,13 +152,7 @@ impl SteadyStream {
         let receiver = tokio::spawn(async move {
             let start = Instant::now();
             let mut last = start;
-            let mut report = StreamReport {
-                bytes: 0,
-                duration_us: 0,
-                longest_stall_us: 0,
-                stalls: 0,
-                broken: None,
-            };
+            let mut report = StreamReport { bytes: 0, duration_us: 0, longest_stall_us: 0, stalls: 0, broken: None };
             let mut pause = |report: &mut StreamReport, now: Instant| {
                 report.longest_stall_us = report.longest_stall_us.max(micros(now - last));
                 report.stalls += u64::from(now - last >= STALL);
@@ -216,25 +174,15 @@ impl SteadyStream {
             report.duration_us = micros(start.elapsed());
             report
         });
-        Ok(Self {
-            stop,
-            receiver: AbortOnDrop(receiver),
-            sender: AbortOnDrop(sender),
-        })
+        Ok(Self { stop, receiver: AbortOnDrop(receiver), sender: AbortOnDrop(sender) })
     }
 
     /// Ends the connection and reports.
     pub async fn stop(self) -> Result<StreamReport, LabError> {
-        let Self {
-            stop,
-            mut receiver,
-            sender,
-        } = self;
+        let Self { stop, mut receiver, sender } = self;
         // The receiver is gone if the connection broke: its report is there all the same.
         let _ = stop.send(());
-        let report = (&mut receiver.0)
-            .await
-            .map_err(|error| LabError::Invalid(format!("the receiver ended: {error}")));
+        let report = (&mut receiver.0).await.map_err(|error| LabError::Invalid(format!("the receiver ended: {error}")));
         drop(sender);
         report
     }
