@@ -117,6 +117,8 @@ pub struct Node {
     pub(crate) host: Host,
     pub(crate) address: Ipv4Addr,
     pub(crate) pods: Vec<Pod>,
+    /// The number of the next pod: pods that are gone have used theirs up.
+    pub(crate) next_pod: u32,
 }
 
 impl Node {
@@ -275,7 +277,7 @@ async fn add_node(spec: &LabSpec, fabric: &Host, index: usize) -> Result<Node, L
         host.add_bridge(DOCKER_BRIDGE, None).await?;
         host.add_address(DOCKER_BRIDGE, v4(DOCKER_ADDRESS, 16)).await?;
     }
-    Ok(Node { index, host, address, pods: Vec::new() })
+    Ok(Node { index, host, address, pods: Vec::new(), next_pod: 0 })
 }
 
 fn port_name(node: usize) -> String {

@@ -79,10 +79,10 @@ impl Pod {
 impl Node {
     /// Makes `cni0` (if it is not there) and `count` pods more, and waits until their links carry packets.
     pub async fn attach_pods(&mut self, network: &PodNetwork, count: usize) -> Result<(), LabError> {
-        let attached = self.pods.len();
-        if attached + count > MOST_PODS.min(network.subnet.size() as usize - 3) {
+        let used = self.next_pod as usize;
+        if used + count > MOST_PODS.min((network.subnet.size() as usize).saturating_sub(3)) {
             return Err(LabError::Invalid(format!(
-                "{} has no room for {count} pods beside {attached}",
+                "{} has no room for {count} pods after the {used} that were attached",
                 network.subnet
             )));
         }
@@ -93,7 +93,8 @@ impl Node {
         let mut added = Vec::with_capacity(count);
         for _ in 0..count {
             // Numbers are not taken again after a detach: an old neighbour entry cannot be mistaken for a new pod.
-            let number = self.next_pod_number();
+            let number = self.next_pod;
+            self.next_pod += 1;
             let pod = self.add_pod(network, number).await?;
             added.push(pod.clone());
             self.pods.push(pod);
@@ -106,12 +107,6 @@ impl Node {
             self.host.wait_running(BRIDGE, LINKS_DEADLINE).await?;
         }
         Ok(())
-    }
-
-    fn next_pod_number(&self) -> u32 {
-        let highest =
-            self.pods.iter().filter_map(|pod| pod.node_interface.strip_prefix("vethpod")?.parse::<u32>().ok()).max();
-        highest.map_or(0, |number| number + 1)
     }
 
     async fn add_pod(&self, network: &PodNetwork, number: u32) -> Result<Pod, LabError> {

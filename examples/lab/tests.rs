@@ -246,6 +246,17 @@ async fn a_detached_pod_is_gone_and_the_others_stay() {
     let left = node.pods()[0].clone();
     assert!(is_silent(node.netns(), address).await);
     assert!(answers(node.netns(), left.address()).await);
+
+    // Its address is not given to the next pod.
+    let network = crate::PodNetwork {
+        subnet: "10.42.0.0/24".parse().unwrap(),
+        cluster: "10.42.0.0/16".parse().unwrap(),
+        mtu: OVERLAY_MTU,
+    };
+    node.attach_pods(&network, 1).await.unwrap();
+    let addresses: Vec<_> = node.pods().iter().map(|pod| pod.address().octets()[3]).collect();
+    assert_eq!(addresses, [3, 4]);
+    assert!(node.attach_pods(&network, 251).await.is_err(), "a /24 has room for 253");
     node.detach_all().await.unwrap();
     assert!(!node.host().has_link("cni0").await.unwrap());
 }
