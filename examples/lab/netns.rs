@@ -87,7 +87,7 @@ impl Netns {
     }
 
     /// Runs `work` on a fresh thread inside the namespace and waits for it. For short work: it blocks the caller
-    /// (about 50 us on top of the work). Sockets that `work` opens stay in the namespace wherever they are used later.
+    /// (about 100 us on top of the work). Sockets that `work` opens stay in the namespace wherever they are used later.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, LabError> {
         on_a_thread(|| self.enter().map(|()| work()))?.context(|| format!("entering network namespace {}", self.name()))
     }
