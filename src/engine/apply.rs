@@ -55,8 +55,7 @@ pub(super) async fn apply(drivers: &[Arc<dyn Driver>], units: Vec<UnitPlan>) -> 
 }
 
 async fn apply_stage(drivers: &[Arc<dyn Driver>], units: Vec<UnitPlan>) -> Vec<Applied> {
-    let mut all: Vec<Applied> =
-        units.into_iter().map(|plan| Applied { plan, done: 0, failed: None }).collect();
+    let mut all: Vec<Applied> = units.into_iter().map(|plan| Applied { plan, done: 0, failed: None }).collect();
     // Each round takes every unit to the end of its run of steps in one domain.
     while let Some(domain) = all.iter().find_map(|a| a.next().map(|step| step.key().domain())) {
         let mut places = Vec::new();

@@ -10,7 +10,8 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// How long to wait after `attempts` failures (1 or more): 100 ms doubling to 30 s, each spread over its upper half by
 /// `seed` (the node's name and what is tried), so that equal nodes differ and a replay does not.
 pub(super) fn wait(attempts: u32, seed: &str) -> Duration {
-    let full = FIRST.saturating_mul(1_u32.checked_shl(attempts.saturating_sub(1).min(20)).unwrap_or(u32::MAX)).min(LONGEST);
+    let full =
+        FIRST.saturating_mul(1_u32.checked_shl(attempts.saturating_sub(1).min(20)).unwrap_or(u32::MAX)).min(LONGEST);
     let half = full / 2;
     half + half.mul_f64(fraction(attempts, seed))
 }

@@ -33,7 +33,8 @@ use crate::masquerade::MasqueradePolicy;
 use crate::node::HostSetting;
 use crate::overlay::Shutdown;
 use crate::plan::{
-    Conflict, Desired, Domain, Fit, Key, Link, Object, Owner, Picture, Plan, Prune, Step, Sysctl, SysctlName, Unit, diff, diff_units,
+    Conflict, Desired, Domain, Fit, Key, Link, Object, Picture, Plan, Prune, Step, Sysctl, SysctlName, Unit, diff,
+    diff_units,
 };
 use crate::status::{Counters, PeerState, Report, Status};
 use crate::subnet::{LeaseRequest, SubnetManager};
@@ -75,7 +76,6 @@ struct Failure {
     retry_at: Moment,
 }
 
-#[derive(Debug)]
 pub(crate) struct Engine {
     settings: Settings,
     masquerade: MasqueradePolicy,
@@ -127,8 +127,7 @@ impl Engine {
         commands: mpsc::Receiver<Command>,
         status: watch::Sender<Arc<Status>>,
     ) -> Self {
-        let control =
-            Control::new(settings.node.clone(), Arc::clone(&settings.manager), Arc::clone(&settings.clock));
+        let control = Control::new(settings.node.clone(), Arc::clone(&settings.manager), Arc::clone(&settings.clock));
         let now = settings.clock.now();
         Engine {
             masquerade,
@@ -311,7 +310,12 @@ impl Engine {
         let took = now.saturating_sub(begun);
         self.counters.checks += 1;
         self.counters.last_check = took;
-        let spread = 0.9 + 0.2 * backoff::fraction(u32::try_from(self.counters.checks & 0xffff).unwrap_or(0), self.settings.node.as_str());
+        let spread = 0.9
+            + 0.2
+                * backoff::fraction(
+                    u32::try_from(self.counters.checks & 0xffff).unwrap_or(0),
+                    self.settings.node.as_str(),
+                );
         self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
         self.look_at = now + took * HINT_REST;
         if let Some(error) = &failed {
@@ -396,7 +400,8 @@ impl Engine {
                 (Vec::new(), Some(PeerState::Refused(refusal)))
             }
             Some(Verdict::Admitted { backend, peer }) => {
-                let way = self.view.as_ref().and_then(|v| v.nodes.get(backend)).zip(self.settings.backends.get(backend));
+                let way =
+                    self.view.as_ref().and_then(|v| v.nodes.get(backend)).zip(self.settings.backends.get(backend));
                 match way.map(|(view, backend)| backend.peer(view, &peer)) {
                     Some(Ok(objects)) => (objects, None),
                     Some(Err(unreachable)) => (Vec::new(), Some(PeerState::Unreachable { reason: unreachable.reason })),
@@ -449,9 +454,10 @@ impl Engine {
     }
 
     fn adopt_view(&mut self, view: View) {
-        let same = self.view.as_ref().is_some_and(|old| {
-            old.nodes == view.nodes && old.blocking == view.blocking && old.policy == view.policy
-        });
+        let same = self
+            .view
+            .as_ref()
+            .is_some_and(|old| old.nodes == view.nodes && old.blocking == view.blocking && old.policy == view.policy);
         if same {
             return;
         }

@@ -79,7 +79,9 @@ impl Engine {
         let kind = ConditionKind::Lease;
         match (&self.control.lease, &self.control.trouble) {
             (Some(lease), None) => met(kind, subnets(lease)),
-            (Some(lease), Some(trouble)) => met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease))),
+            (Some(lease), Some(trouble)) => {
+                met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease)))
+            }
             (None, Some(trouble)) => failed(kind, trouble.to_string()),
             (None, None) => waiting(kind, "asking the store of leases"),
         }
@@ -151,7 +153,8 @@ impl Engine {
 
     /// Every peer that does not work in some family.
     fn troubled(&self) -> BTreeSet<&NodeName> {
-        let failing = self.failures.keys().filter_map(|unit| if let Unit::Peer(node, _) = unit { Some(node) } else { None });
+        let failing =
+            self.failures.keys().filter_map(|unit| if let Unit::Peer(node, _) = unit { Some(node) } else { None });
         let kept_out = self.conflicts.keys().filter_map(|key| match self.desired.owner(key)? {
             Unit::Peer(node, _) => Some(node),
             _ => None,

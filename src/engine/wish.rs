@@ -2,7 +2,6 @@
 //! Pure; the engine calls it when an input changed.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
@@ -104,13 +103,7 @@ pub(super) fn view(
         }
         let mtu = backend.pod_mtu(&underlay, &families)?;
         pod_mtu = Some(pod_mtu.map_or(mtu, |least| least.min(mtu)));
-        nodes.push(NodeView {
-            node: settings.node.clone(),
-            networks,
-            subnets,
-            underlay: underlay.clone(),
-            offer,
-        });
+        nodes.push(NodeView { node: settings.node.clone(), networks, subnets, underlay: underlay.clone(), offer });
     }
     let Collisions { blocking, reserved } = underlay::collisions(host, &networks, &subnets, &underlay);
     let policy = Policy {
@@ -131,10 +124,11 @@ fn standing(host: &HostView, underlay: &Underlay) -> Vec<Reserved> {
     let gateways = host.routes.iter().filter(|r| r.destination.prefix() == 0).filter_map(|r| {
         Some(Reserved { network: IpNetwork::from(r.gateway?), what: "the default gateway".to_owned() })
     });
-    let links = underlay.on_link.iter().filter(|n| n.prefix() > 0).map(|network| Reserved {
-        network: *network,
-        what: format!("the underlay on {}", underlay.device),
-    });
+    let links = underlay
+        .on_link
+        .iter()
+        .filter(|n| n.prefix() > 0)
+        .map(|network| Reserved { network: *network, what: format!("the underlay on {}", underlay.device) });
     gateways.chain(links).collect()
 }
 
@@ -164,11 +158,10 @@ pub(super) fn node_units(
             objects.extend(backend.node(node, family)?);
         }
         units.push((Unit::Node(family), objects));
-        let networks = match family {
-            Family::V4 => view.networks.v4().zip(view.subnets.v4()).map(|(n, s)| (IpNetwork::V4(*n), IpNetwork::V4(*s))),
-            Family::V6 => view.networks.v6().zip(view.subnets.v6()).map(|(n, s)| (IpNetwork::V6(*n), IpNetwork::V6(*s))),
+        let rules = match family {
+            Family::V4 => view.networks.v4().zip(view.subnets.v4()).and_then(|(n, s)| masquerade.ruleset_v4(*n, *s)),
+            Family::V6 => view.networks.v6().zip(view.subnets.v6()).and_then(|(n, s)| masquerade.ruleset_v6(*n, *s)),
         };
-        let rules = networks.and_then(|(network, subnet)| masquerade.ruleset(network, subnet));
         units.push((Unit::Firewall(family), rules.map(Object::Ruleset).into_iter().collect()));
     }
     Ok(units)
@@ -198,9 +191,4 @@ pub(super) fn missing_settings(settings: &Settings, view: &View, observed: &[Sys
         }
     }
     missing
-}
-
-/// The backends as admission takes them.
-pub(super) fn backends(settings: &Settings) -> Vec<Arc<dyn Backend>> {
-    settings.backends.clone()
 }
