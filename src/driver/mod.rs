@@ -6,6 +6,7 @@
 mod error;
 mod host;
 mod namespace;
+pub mod netlink;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
