@@ -12,6 +12,8 @@ mod overlay;
 pub mod plan;
 pub mod status;
 pub mod subnet;
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;
 pub mod types;
 pub mod underlay;
 
