@@ -5,11 +5,11 @@
 use std::collections::BTreeSet;
 
 use super::state::{KernelRoute, LinkState, PROTOCOL_OURS, State};
-use crate::plan::{NextHop, Route};
+use crate::plan::{NextHop, Route, SysctlName};
 use crate::types::{DeviceName, Family};
 
 pub(super) fn all(state: &State) -> String {
-    lines(state, |_| true, |_| true, |_| true)
+    lines(state, |_| true, |_| true, |_| true, |_| true)
 }
 
 pub(super) fn foreign(state: &State) -> String {
@@ -19,6 +19,7 @@ pub(super) fn foreign(state: &State) -> String {
         |device| !ours.contains(device),
         |route| route.protocol != PROTOCOL_OURS && route.next.device().is_none_or(|d| !ours.contains(d)),
         |family| state.tables.get(&family).is_none_or(|t| !t.marked),
+        |name| !ours.iter().any(|device| SysctlName::accept_ra(device) == *name),
     )
 }
 
@@ -27,6 +28,7 @@ fn lines(
     device: impl Fn(&DeviceName) -> bool,
     route: impl Fn(&KernelRoute) -> bool,
     table: impl Fn(Family) -> bool,
+    sysctl: impl Fn(&SysctlName) -> bool,
 ) -> String {
     let mut out = Vec::new();
     out.extend(state.links.iter().filter(|(n, _)| device(n)).map(|(n, l)| link_line(n, l)));
@@ -43,7 +45,7 @@ fn lines(
     for (family, t) in state.tables.iter().filter(|(f, _)| table(**f)) {
         out.push(format!("table {family}{} {:?}", if t.marked { "" } else { " unmarked" }, t.rules));
     }
-    out.extend(state.sysctls.iter().map(|(n, v)| format!("sysctl {n} = {v}")));
+    out.extend(state.sysctls.iter().filter(|(n, _)| sysctl(n)).map(|(n, v)| format!("sysctl {n} = {v}")));
     out.into_iter().fold(String::new(), |text, line| text + &line + "\n")
 }
 
