@@ -92,11 +92,11 @@ impl FaultState {
             refused = Some(Errno::PERM);
         }
         if refused.is_none() {
-            for fault in self.keys.iter_mut().filter(|f| f.left != Some(0) && (f.matches)(key)) {
+            let fault = self.keys.iter_mut().find(|f| f.left != Some(0) && (f.matches)(key));
+            refused = fault.map(|fault| {
                 fault.left = fault.left.map(|n| n.saturating_sub(1));
-                refused = Some(fault.errno);
-                break;
-            }
+                fault.errno
+            });
         }
         match (refused, death) {
             (Some(errno), _) => Fate::Refused(errno),

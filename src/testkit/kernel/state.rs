@@ -679,7 +679,7 @@ impl State {
                     *slot = route.clone();
                 }
             }
-            RouteMode::Append if list.iter().any(|r| *r == route) => return Err(Errno::EXIST),
+            RouteMode::Append if list.contains(&route) => return Err(Errno::EXIST),
             _ => list.push(route.clone()),
         }
         self.echo(Event::Route(route, true));
