@@ -375,6 +375,11 @@ impl Admission {
         })
     }
 
+    /// The lease of a peer.
+    pub fn lease(&self, node: &NodeName) -> Option<&Lease> {
+        self.peers.get(node).map(|p| &p.lease)
+    }
+
     /// The verdict on a peer in a family.
     pub fn verdict(&self, node: &NodeName, family: Family) -> Option<&Verdict> {
         self.peers.get(node)?.judged(family)?.verdict.as_ref()

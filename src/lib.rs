@@ -5,9 +5,11 @@ pub mod backend;
 pub mod clock;
 pub mod config;
 pub mod driver;
+mod engine;
 mod error;
 pub mod lease;
 pub mod masquerade;
+mod node;
 mod overlay;
 pub mod plan;
 pub mod status;
@@ -18,4 +20,5 @@ pub mod types;
 pub mod underlay;
 
 pub use error::Error;
+pub use node::{HostSetting, Node, NodeBuilder, Runner};
 pub use overlay::{Overlay, Shutdown};

@@ -46,6 +46,8 @@ pub struct Observed {
     pub objects: Vec<(Object, Owner)>,
     /// What of others stands in the way of something of ours, or undoes it.
     pub conflicts: Vec<Conflict>,
+    /// What of others may undo what ours does: a chain that drops forwarded packets. Stops nothing.
+    pub warnings: Vec<Conflict>,
     /// What the host has beside; from the netlink driver alone.
     pub host: Option<HostView>,
 }
@@ -62,6 +64,8 @@ pub enum Change {
     Device(DeviceName),
     /// Links, addresses or routes of the host changed: the underlay may be another.
     Host,
+    /// Something of this domain changed: look at it.
+    Domain(Domain),
     /// Hints were lost (`ENOBUFS`), or cannot say what happened: look at everything.
     Unknown,
 }
@@ -133,4 +137,14 @@ impl<T: Driver + ?Sized> Driver for Box<T> {
     async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
         (**self).changes(scope).await
     }
+}
+mod stub;
+pub mod netlink {
+    pub use super::stub::Stub as NetlinkDriver;
+}
+pub mod nftables {
+    pub use super::stub::Stub as NftablesDriver;
+}
+pub mod sysctl {
+    pub use super::stub::Stub as SysctlDriver;
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use super::{Conflict, Desired, Fit, Key, Object, Owner, Picture, Plan, Step, Unit, UnitPlan};
+use super::{Desired, Fit, Key, Object, Owner, Picture, Plan, Step, Unit, UnitPlan};
 use crate::types::DeviceName;
 
 /// Whether a diff may delete what nobody wants.
@@ -31,6 +31,8 @@ pub fn diff(desired: &Desired, picture: &Picture, prune: Prune) -> Plan {
             .map(|(key, object, _)| (key.clone(), object.clone()))
             .collect();
         unwanted.sort_by(|(a, _), (b, _)| b.rank().cmp(&a.rank()).then_with(|| a.cmp(b)));
+        // A setting of the host is never unset: what it was before is not known after a restart.
+        unwanted.retain(|(key, _)| !matches!(key, Key::Sysctl(_)));
         // What dies with its device needs no step of its own.
         let dying: HashSet<DeviceName> = unwanted
             .iter()
@@ -102,8 +104,13 @@ impl<'a> Work<'a> {
             if self.desired.owner(&key) != Some(unit) {
                 continue;
             }
-            if let Some(conflict) = self.picture.conflict(&key) {
-                self.report(conflict);
+            // What is on a device that is not ours is not ours to touch either.
+            let device = object.device().map(|d| Key::Link(d.clone()));
+            let conflict = self.picture.conflict(&key).or_else(|| self.picture.conflict(device.as_ref()?));
+            if let Some(conflict) = conflict {
+                if !self.plan.conflicts.contains(conflict) {
+                    self.plan.conflicts.push(conflict.clone());
+                }
                 break;
             }
             steps.extend(self.step(object, &key));
@@ -132,10 +139,6 @@ impl<'a> Work<'a> {
             },
             _ => (there != wanted || owner == Owner::Adoptable).then(replace),
         }
-    }
-
-    fn report(&mut self, conflict: &Conflict) {
-        self.plan.conflicts.push(conflict.clone());
     }
 
     fn append(&mut self, unit: &Unit, steps: Vec<Step>) {

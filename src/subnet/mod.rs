@@ -3,6 +3,7 @@
 //! A subnet manager is a store of leases and nothing else. It never touches the kernel, never judges
 //! another node's claim (that is [admission](crate::admission)) and keeps no opinion about backends.
 
+pub mod allocation;
 pub mod memory;
 
 use std::fmt::Debug;

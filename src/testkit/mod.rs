@@ -1,4 +1,4 @@
-//! What tests need that stand in for a kernel, a clock and others: for our own tests, for backends and for embedders.
-//! Never used by a running overlay.
+//! What tests of podnet, of embedders and of third-party backends stand on. Not for production.
 
 pub mod kernel;
+pub mod manual_clock;
