@@ -14,8 +14,7 @@ pub(crate) fn canonical(network: IpNetwork) -> IpNetwork {
 
 /// Those of a family, in order, none inside another, halves of one network joined: one meaning, one list.
 pub(super) fn merged(networks: &[IpNetwork], family: Family) -> Vec<IpNetwork> {
-    let mut sorted: Vec<_> =
-        networks.iter().filter(|n| Family::of(n.ip()) == family).map(|n| canonical(*n)).collect();
+    let mut sorted: Vec<_> = networks.iter().filter(|n| Family::of(n.ip()) == family).map(|n| canonical(*n)).collect();
     sorted.sort();
     let mut out: Vec<IpNetwork> = Vec::new();
     for network in sorted {
