@@ -211,8 +211,11 @@ fn the_families_do_not_touch_each_other() {
     });
 }
 
-/// Everything that somebody could do to our table, each with its name.
-fn damages(family: Family) -> Vec<(&'static str, Box<dyn Fn() -> Vec<Message>>)> {
+/// What somebody does to our table, and its name.
+type Damage = (&'static str, Box<dyn Fn() -> Vec<Message>>);
+
+/// Everything that somebody could do to it.
+fn damages(family: Family) -> Vec<Damage> {
     let accept = [Expression::Verdict(RuleVerdict::Accept)];
     let comment = |text: &str| {
         let mut data = vec![0, text.len() as u8 + 1];

@@ -8,6 +8,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use netlink_packet_netfilter::nftables::{
     DataAttribute, Expressions, Hook as KernelHook, Immediate, InetHookNumber, Meta, MetaKey, Register,
@@ -100,22 +101,28 @@ fn socket(namespace: &NetworkNamespace, address: &str, port: u16) -> UdpSocket {
     socket
 }
 
-/// Sends one packet and tells as whose it arrives.
+/// Sends packets until one arrives, and tells from whom.
 fn source_seen(from: (&NetworkNamespace, &str), to: (&NetworkNamespace, &str), port: u16) -> IpAddr {
-    try_source(from, to, port, Duration::from_secs(3)).expect("the packet arrives")
+    within(Duration::from_secs(5), from, to, port).expect("a packet arrives")
 }
 
-fn try_source(
+fn within(
+    patience: Duration,
     from: (&NetworkNamespace, &str),
     to: (&NetworkNamespace, &str),
     port: u16,
-    patience: Duration,
-) -> std::io::Result<IpAddr> {
-    let receiver = socket(to.0, to.1, port);
-    receiver.set_read_timeout(Some(patience)).unwrap();
-    let sender = socket(from.0, from.1, 0);
-    sender.send_to(b"x", receiver.local_addr().unwrap())?;
-    Ok(receiver.recv_from(&mut [0; 8])?.1.ip())
+) -> Option<IpAddr> {
+    let (receiver, sender) = (socket(to.0, to.1, port), socket(from.0, from.1, 0));
+    // The first ones can be lost while neighbours are found and links come up.
+    receiver.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        sender.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
+        if let Ok((_, source)) = receiver.recv_from(&mut [0; 8]) {
+            return Some(source.ip());
+        }
+    }
+    None
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -169,7 +176,7 @@ fn only_what_leaves_the_cluster_network_is_masqueraded() {
     isolated::test(async || {
         let net = net().await;
         let (pod, outside) = ((&net.pod, "10.42.3.2"), (&net.outside, "192.0.2.2"));
-        assert_eq!(source_seen(pod, outside, PORT), ip("10.42.3.2"), "without rules");
+        assert_eq!(source_seen(pod, outside, PORT + 2), ip("10.42.3.2"), "without rules");
         let driver = driver();
         create(&driver, &ruleset(Family::V4, &with_a_list())).await;
         behind(&mark_packets_to(PORT + 1));
@@ -197,12 +204,10 @@ fn multicast_keeps_its_source() {
         // From the node itself, with an address of the cluster: forwarding multicast would need a routing daemon. It
         // leaves by the device that has the address.
         up(&handle(&net.node).await, "ens4", &["10.42.3.9/32"]).await;
-        let sender = socket(&net.node, "10.42.3.9", 0);
-        sender.send_to(b"x", (group, PORT)).unwrap();
+        let node = (&net.node, "10.42.3.9");
+        assert_eq!(source_seen(node, (&net.outside, "192.0.2.2"), PORT + 1), ip("192.0.2.1"), "unicast does not");
+        socket(node.0, node.1, 0).send_to(b"x", (group, PORT)).unwrap();
         assert_eq!(receiver.recv_from(&mut [0; 8]).unwrap().1.ip(), ip("10.42.3.9"));
-        let sender = socket(&net.node, "10.42.3.9", 0);
-        sender.send_to(b"x", ("192.0.2.2", PORT)).unwrap();
-        assert_eq!(receiver.recv_from(&mut [0; 8]).unwrap().1.ip(), ip("192.0.2.1"), "unicast does not keep it");
     });
 }
 
@@ -214,12 +219,12 @@ fn an_accept_of_ours_does_not_overrule_the_drop_that_the_warning_names() {
         let rules = ruleset(Family::V4, &MasqueradePolicy::default());
         create(&driver, &rules).await;
         let (pod, outside) = ((&net.pod, "10.42.3.2"), (&net.outside, "192.0.2.2"));
-        let wait = Duration::from_millis(300);
-        assert_eq!(try_source(pod, outside, PORT, wait).unwrap(), ip("192.0.2.1"));
+        assert_eq!(source_seen(pod, outside, PORT), ip("192.0.2.1"));
 
         behind(&foreign::docker());
         assert_eq!(driver.observe(&scope()).await.unwrap().warnings.len(), 1);
-        assert!(try_source(pod, outside, PORT + 1, wait).is_err(), "Docker's policy drops it");
+        let patience = Duration::from_millis(400);
+        assert_eq!(within(patience, pod, outside, PORT + 1), None, "Docker's policy drops them");
 
         let accept = |rule: &Rule| {
             let expressions = of_rule(Family::V4, rule, |_| unreachable!());
@@ -227,7 +232,7 @@ fn an_accept_of_ours_does_not_overrule_the_drop_that_the_warning_names() {
         };
         behind(&rules.chains()[0].rules.iter().map(accept).collect::<Vec<_>>());
         assert_eq!(driver.observe(&scope()).await.unwrap().warnings, []);
-        assert_eq!(try_source(pod, outside, PORT + 2, wait).unwrap(), ip("192.0.2.1"));
+        assert_eq!(source_seen(pod, outside, PORT + 2), ip("192.0.2.1"));
     });
 }
 
@@ -238,12 +243,13 @@ fn a_replacement_under_traffic_lets_no_packet_out_unmasqueraded() {
         let driver = driver();
         let policies = [MasqueradePolicy::default(), with_a_list()];
         create(&driver, &ruleset(Family::V4, &policies[0])).await;
+        source_seen((&net.pod, "10.42.3.2"), (&net.outside, "192.0.2.2"), PORT + 1);
         let receiver = socket(&net.outside, "192.0.2.2", PORT);
         let pod = net.pod.clone();
         let sender = std::thread::spawn(move || {
             // A socket each: address translation is decided once a connection.
             for _ in 0..2000 {
-                socket(&NetworkNamespace::clone(&pod), "10.42.3.2", 0).send_to(b"x", ("192.0.2.2", PORT)).unwrap();
+                socket(&pod, "10.42.3.2", 0).send_to(b"x", ("192.0.2.2", PORT)).unwrap();
             }
         });
         let mut replaced = 0;
@@ -275,22 +281,16 @@ fn ipv6_is_masqueraded_too() {
         let driver = driver();
         create(&driver, &ruleset(Family::V6, &MasqueradePolicy::default())).await;
         // Addresses are usable once they are known to be unique.
-        let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        let seen = loop {
-            assert!(std::time::Instant::now() < deadline, "no packet came through");
-            let bound = net.pod.run(|| UdpSocket::bind("[2001:db8:42:3::2]:0"));
-            let receiver = net.outside.run(|| UdpSocket::bind("[2001:db8:1::2]:4000"));
-            if let (Ok(sender), Ok(receiver)) = (bound, receiver) {
-                if route_v6(&pod).await && sender.send_to(b"x", "[2001:db8:1::2]:4000").is_ok() {
-                    receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-                    if let Ok((_, from)) = receiver.recv_from(&mut [0; 8]) {
-                        break from.ip();
-                    }
-                }
-            }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !route_v6(&pod).await
+            || net.pod.run(|| UdpSocket::bind("[2001:db8:42:3::2]:0")).is_err()
+            || net.outside.run(|| UdpSocket::bind("[2001:db8:1::2]:0")).is_err()
+        {
+            assert!(Instant::now() < deadline, "no address");
             tokio::task::yield_now().await;
-        };
-        assert_eq!(seen, ip("2001:db8:1::1"));
+        }
+        let (pod, outside) = ((&net.pod, "2001:db8:42:3::2"), (&net.outside, "2001:db8:1::2"));
+        assert_eq!(source_seen(pod, outside, PORT), ip("2001:db8:1::1"));
     });
 }
 
