@@ -568,7 +568,8 @@ impl Engine {
         }
         let report = self.apply(plan).await;
         let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Firewall(_));
-        if !self.failures.keys().any(own) {
+        let kept_out = self.conflicts.keys().filter_map(|key| self.desired.owner(key)).any(own);
+        if !self.failures.keys().any(own) && !kept_out {
             self.programmed = true;
             self.running = true;
         }
@@ -585,6 +586,13 @@ impl Engine {
             Unit::Leftover(_) => false,
         });
         plan.conflicts.extend(view.blocking.iter().map(|(_, c)| c.clone()));
+    }
+
+    /// What of others keeps this node itself out of a family's network, so that no peer can be reached in it.
+    fn no_ground(&self) -> Option<&Conflict> {
+        let own = |key: &Key| matches!(self.desired.owner(key), Some(Unit::Node(_)));
+        let blocking = self.view.iter().flat_map(|view| &view.blocking).map(|(_, conflict)| conflict).next();
+        blocking.or_else(|| self.conflicts.iter().find(|(key, _)| own(key)).map(|(_, conflict)| conflict))
     }
 
     /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
@@ -655,6 +663,7 @@ impl Engine {
             .view
             .as_ref()
             .filter(|_| ready && self.no_view.is_none() && !self.failures.keys().any(ground))
+            .filter(|_| self.no_ground().is_none())
             .map(View::offers);
         self.control.begin(request, offers);
     }

@@ -178,8 +178,7 @@ impl Engine {
                 counts.pending += 1;
             }
         }
-        let blocked = self.view.as_ref().is_none_or(|v| !v.blocking.is_empty());
-        if self.programmed && !blocked {
+        if self.programmed && self.view.is_some() && self.no_ground().is_none() {
             counts.connected = total.saturating_sub(troubled.len());
         }
         counts
@@ -202,7 +201,9 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let state = self.trouble_of(&lease.node, family).or_else(|| self.connected(verdict));
+                let cut_off = || self.no_ground().map(|c| PeerState::Unreachable { reason: c.to_string() });
+                let state = self.trouble_of(&lease.node, family).or_else(cut_off);
+                let state = state.or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
             })
             .collect();
