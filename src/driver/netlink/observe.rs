@@ -109,10 +109,13 @@ pub(super) async fn routes(requester: &mut Requester, family: Family) -> Result<
         Family::V6 => number::AF_INET6,
     };
     // A kernel without IPv6 answers with the routes of every family.
-    dump(requester, &format!("{family} routes"), route::dump(number), |message| {
-        route::decode(message).filter(|route| Family::of(route.destination.ip()) == family)
-    })
-    .await
+    let decode =
+        |message: &Message<'_>| route::decode(message).filter(|route| Family::of(route.destination.ip()) == family);
+    match requester.dump(&mut route::dump(number), decode).await {
+        // There is no main table before the first route or address.
+        Err(Trouble::Refused(Errno::NOENT, _)) => Ok(Vec::new()),
+        outcome => outcome.map_err(|trouble| trouble.error(format!("list {family} routes"))),
+    }
 }
 
 /// All nexthop objects; `None` on a kernel that has none.
