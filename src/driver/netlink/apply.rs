@@ -30,6 +30,7 @@ const ID_TRIES: usize = 4;
 pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult> {
     let coming: Vec<RouteKey> =
         units.iter().flat_map(|unit| &unit.steps).filter_map(|step| gateway_route(step.outcome()?)).collect();
+    core.nexthops.begin();
     core.nexthops.decide(coming.iter());
     let mut run = Run {
         core,
@@ -54,6 +55,7 @@ pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult
     if run.released {
         run.sweep().await;
     }
+    run.core.nexthops.end();
     run.results
 }
 

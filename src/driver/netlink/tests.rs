@@ -993,6 +993,114 @@ fn a_dropped_observation_does_not_disturb_the_next_one() {
 }
 
 #[test]
+fn a_dropped_apply_loses_no_route_whose_answer_was_not_heard() {
+    alone(|| async {
+        let mut node = Node::new().await;
+        let (units, objects) = cluster(600);
+        node.apply(&units[..1]).await;
+        for polls in 1..20 {
+            let mut work = std::pin::pin!(node.driver.apply(&units[1..]));
+            for _ in 0..polls {
+                if futures::poll!(work.as_mut()).is_ready() {
+                    break;
+                }
+            }
+        }
+        // No observation in between: a deletion must not sweep away what the kernel has routes on.
+        let before = node.routes(Family::V4).await.len();
+        node.apply(&delete(&objects[2..5])).await;
+        assert_eq!(node.routes(Family::V4).await.len(), before - 1);
+        node.driver.observe(&scope(false)).await.unwrap();
+        node.apply(&units[1..]).await;
+        node.assert_there(&objects).await;
+        node.apply(&delete(&objects[2..])).await;
+        assert_eq!(node.nexthops().await, []);
+    });
+}
+
+#[test]
+fn an_observation_while_everything_moves_is_still_whole() {
+    alone(|| async {
+        let mut node = Node::new().await;
+        let (units, objects) = cluster(2_000);
+        node.apply(&units).await;
+        let eth1 = node.index("eth1");
+        let flannel = node.index("flannel.1");
+        let here = std::sync::Arc::new(std::fs::File::open("/proc/thread-self/ns/net").unwrap().into());
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = std::sync::Arc::clone(&stop);
+        let churn = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let mut hands = Requester::open(&NetworkNamespace::File(here), NETLINK_ROUTE).unwrap();
+            let mut turns = 0_u32;
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                turns += 1;
+                let mut messages = Messages::new();
+                for kind in [number::RTM_NEWADDR, number::RTM_DELADDR] {
+                    let [a, b, c, d] = eth1.to_ne_bytes();
+                    messages
+                        .begin(kind, number::NLM_F_CREATE, &[2, 24, 0, 0, a, b, c, d])
+                        .attribute_ip(2, [192, 168, 99, (turns % 250) as u8].into());
+                }
+                // Before and behind the peers' own.
+                for n in [1, 0xffff] {
+                    let other = Neighbour {
+                        device: dev("flannel.1"),
+                        address: Ipv4Addr::from(0x0a29_0000 + n).into(),
+                        mac: MacAddr([2; 6]),
+                    };
+                    neighbour::set_neighbour(&mut messages, flannel, &other);
+                    neighbour::delete_neighbour(&mut messages, flannel, &other);
+                }
+                for answer in runtime.block_on(hands.transact(&mut messages)) {
+                    answer.unwrap();
+                }
+            }
+            turns
+        });
+        let wanted: std::collections::BTreeSet<Key> = objects.iter().map(Object::key).collect();
+        let mut whole = 0;
+        while whole < 20 {
+            match node.driver.observe(&scope(false)).await {
+                Ok(observed) => {
+                    let there = observed.objects.iter().filter(|(o, _)| wanted.contains(&o.key())).count();
+                    assert_eq!(there, wanted.len());
+                    whole += 1;
+                }
+                Err(error) => assert!(error.is_retryable() && error.to_string().contains("changed"), "{error}"),
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(churn.join().unwrap() > 0);
+    });
+}
+
+#[test]
+fn a_route_of_ours_to_which_somebody_added_a_way_is_not_what_was_wanted() {
+    alone(|| async {
+        let mut node = Node::new().await;
+        let units: Vec<UnitPlan> = Family::BOTH.into_iter().flat_map(|f| [node_unit(f), peer_unit(f, 7)]).collect();
+        node.apply(&units).await;
+        // `ip -6 route append`: IPv6 makes one route of two ways of it.
+        let index = node.index("eth0");
+        let mut messages = Messages::new();
+        let destination: IpNetwork = "fd00:42:0:7::/64".parse().unwrap();
+        messages
+            .begin(number::RTM_NEWROUTE, number::NLM_F_CREATE | 0x800, &[10, 64, 0, 0, 254, 4, 0, 1, 0, 0, 0, 0])
+            .attribute_ip(1, destination.network())
+            .attribute_ip(5, "2001:db8:7::9".parse().unwrap())
+            .attribute_u32(4, index);
+        node.send(&mut messages).await;
+        let wanted = &peer(Family::V6, 7)[2];
+        let (is, owner) = node.ours(false).await.remove(&wanted.key()).unwrap();
+        assert!(is != *wanted && owner == Owner::Ours, "{is}");
+        node.apply(&replace(&is, wanted)).await;
+        let objects: Vec<Object> = units.iter().flat_map(|u| &u.steps).filter_map(|s| s.outcome().cloned()).collect();
+        node.assert_there(&objects).await;
+    });
+}
+
+#[test]
 fn without_the_capability_observing_works_and_applying_says_what_is_needed() {
     alone(|| async {
         let node = Node::new().await;

@@ -54,6 +54,9 @@ pub(super) mod number {
     pub(crate) const RTN_UNSPEC: u8 = 0;
     pub(crate) const RTN_UNICAST: u8 = 1;
     pub(crate) const RTN_BLACKHOLE: u8 = 6;
+    pub(crate) const RTN_UNREACHABLE: u8 = 7;
+    pub(crate) const RTN_PROHIBIT: u8 = 8;
+    pub(crate) const RTN_THROW: u8 = 9;
     pub(crate) const RTNH_F_ONLINK: u32 = 4;
 
     pub(crate) const NUD_PERMANENT: u16 = 0x80;
