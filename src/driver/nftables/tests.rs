@@ -442,7 +442,11 @@ fn what_others_do_to_our_table_is_a_hint_and_what_we_do_is_none() {
         behind(&[new_table(Family::V6, "kube-proxy")]);
         behind(&[delete_rule(Family::V4, "forward", handles(Family::V4, "forward")[0])]);
         assert_eq!(next(&mut changes).await, Change::Domain(Domain::Firewall));
-        behind(&[table::delete(Family::V4, "podnet")]);
+        // As `nft flush ruleset` does.
+        let all = NfTablesMessage::DeleteTable(TableMessage { attributes: Vec::new() });
+        let mut flush = message(Family::V4, 0, all);
+        flush.family = NetfilterProtoFamily::Unspec;
+        behind(&[flush]);
         let mut after = vec![next(&mut changes).await];
         while after.last() == Some(&Change::Domain(Domain::Firewall)) {
             after.push(next(&mut changes).await);
