@@ -124,13 +124,18 @@ fn delete_rule(family: Family, chain: &str, handle: u64) -> Message {
 
 /// What `nft` prints; `None`, with a word why, where it is not installed.
 fn nft(arguments: &[&str]) -> Option<String> {
-    match Command::new("nft").args(arguments).output() {
+    run("nft", arguments)
+}
+
+/// What a program prints; `None`, with a word why, where it is not installed.
+fn run(program: &str, arguments: &[&str]) -> Option<String> {
+    match Command::new(program).args(arguments).output() {
         Ok(output) => {
-            assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
             Some(String::from_utf8(output.stdout).unwrap())
         }
         Err(e) => {
-            println!("skipped the comparison with nft: it cannot be run ({e}); apt-get install nftables");
+            println!("skipped the comparison with {program}: it cannot be run ({e})");
             None
         }
     }
