@@ -8,6 +8,7 @@ mod host;
 #[cfg(test)]
 mod isolated;
 mod namespace;
+pub mod netlink;
 pub mod nftables;
 mod notifications;
 pub mod sysctl;
