@@ -559,6 +559,7 @@ impl Engine {
         if !forced {
             plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
         }
+        self.leave_groundless(&mut plan);
         if !plan.is_empty() && !news && self.failures.is_empty() {
             let steps = plan.steps().count();
             self.counters.repaired += u64::try_from(steps).unwrap_or(0);
@@ -584,6 +585,18 @@ impl Engine {
             Unit::Leftover(_) => false,
         });
         plan.conflicts.extend(view.blocking.iter().map(|(_, c)| c.clone()));
+    }
+
+    /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
+    fn leave_groundless(&self, plan: &mut Plan) {
+        let waiting: Vec<Family> = Family::BOTH
+            .into_iter()
+            .filter(|family| {
+                let ground = Unit::Node(*family);
+                self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground)
+            })
+            .collect();
+        plan.units.retain(|u| !matches!(&u.unit, Unit::Peer(_, family) if waiting.contains(family)));
     }
 
     async fn apply(&mut self, plan: Plan) -> Report {
