@@ -98,6 +98,7 @@ impl Listener {
         match (&self.domain, event) {
             (Domain::Firewall, Event::Table(family, true)) => vec![Change::Gone(Key::Ruleset(*family))],
             (Domain::Firewall, Event::Table(_, false)) => vec![Change::Domain(Domain::Firewall)],
+            (Domain::Sysctl, Event::Forwarding) => vec![Change::Domain(Domain::Sysctl)],
             (Domain::Netlink, event) => self.netlink_hints(event),
             _ => Vec::new(),
         }
@@ -131,7 +132,7 @@ impl Listener {
                 hints
             }
             Event::Route(route, told) => self.route_hints(route, *told),
-            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(..) => Vec::new(),
+            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(..) | Event::Forwarding => Vec::new(),
         }
     }
 
