@@ -748,6 +748,3 @@ fn fold(known: &mut Option<LeaseEvent>, event: LeaseEvent) {
         _ => {}
     }
 }
-
-#[cfg(test)]
-mod tests;
