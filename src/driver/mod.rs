@@ -6,6 +6,7 @@
 mod error;
 mod host;
 mod namespace;
+pub mod netlink;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -139,12 +140,9 @@ impl<T: Driver + ?Sized> Driver for Box<T> {
     }
 }
 mod stub;
-pub mod netlink {
-    pub use super::stub::Stub as NetlinkDriver;
-}
 pub mod nftables {
-    pub use super::stub::Stub as NftablesDriver;
+    pub use super::stub::Firewall as NftablesDriver;
 }
 pub mod sysctl {
-    pub use super::stub::Stub as SysctlDriver;
+    pub use super::stub::Settings as SysctlDriver;
 }

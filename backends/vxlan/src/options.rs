@@ -1,5 +1,6 @@
 //! The options of the backend: flannel's fields with flannel's defaults, each checked when it is set.
 
+use podnet::config::{ConfigError, NetworkConfig};
 use podnet::types::{InvalidMtu, InvalidVni, Mtu, Vni};
 
 /// The VXLAN backend with its options.
@@ -32,9 +33,7 @@ pub enum InvalidOption {
     #[error("VNI: {0}")]
     Vni(#[from] InvalidVni),
     /// The device name would not fit.
-    #[error(
-        "VNI: {0} makes a device name longer than 15 bytes; 0 to 9999999 are allowed with IPv4 alone, 0 to 9999 with IPv6"
-    )]
+    #[error("VNI: {0} makes a device name longer than 15 bytes; 0 to 9999999 are allowed, with IPv6 0 to 99999")]
     DeviceName(u64),
     /// The MTU is out of range.
     #[error("MTU: {0}")]
@@ -65,6 +64,44 @@ impl Vxlan {
             learning: false,
             tx_checksum_offload: None,
         }
+    }
+
+    /// With the options of the `Backend` section of a net-conf.json, by flannel's rules: keys in any case, 0 or absent for a
+    /// default. `DirectRouting` is read and refused: it is not there yet.
+    ///
+    /// ```
+    /// use podnet::config::NetConf;
+    /// use podnet_vxlan::Vxlan;
+    /// let text = r#"{"Network": "10.42.0.0/16", "Backend": {"Type": "vxlan", "VNI": 4096, "Port": 4789}}"#;
+    /// let config = NetConf::from_json(text)?.for_assigned_subnets()?;
+    /// assert_eq!(Vxlan::from_config(&config)?, Vxlan::new().vni(4096).unwrap().port(4789).unwrap());
+    /// # Ok::<(), podnet::config::ConfigError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Every option that is not allowed, by name and value.
+    pub fn from_config(config: &NetworkConfig) -> Result<Self, ConfigError> {
+        config.read_backend(|fields| {
+            let mut options = Vxlan::new();
+            if let Some(vni) = fields.integer("VNI", 0..=9_999_999).and_then(|v| u64::try_from(v).ok()) {
+                options.vni = Vni::new(vni).unwrap_or(Vni::ONE);
+            }
+            if let Some(port) = fields.integer("Port", 0..=65_535).and_then(|p| u16::try_from(p).ok()) {
+                options.port = if port == 0 { DEFAULT_PORT } else { port };
+            }
+            let mtu = fields.integer("MTU", 0..=65_535).filter(|mtu| *mtu != 0);
+            match mtu.map(|mtu| u32::try_from(mtu).ok().and_then(|mtu| Mtu::new(mtu).ok())) {
+                Some(None) => fields.refuse("MTU", "118 to 65535 bytes, 0 for that of the underlay"),
+                Some(mtu) => options.mtu = mtu,
+                None => {}
+            }
+            options.gbp = fields.boolean("GBP").unwrap_or(false);
+            options.learning = fields.boolean("Learning").unwrap_or(false);
+            if fields.boolean("DirectRouting") == Some(true) {
+                fields.refuse("DirectRouting", "false: direct routing is not supported yet");
+            }
+            options
+        })
     }
 
     /// Sets the VXLAN network identifier.

@@ -1,0 +1,349 @@
+//! One look at everything: dumps first, then a pure sorting of what they hold into ours, in the way, and the host's.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::address::{self, RawAddress};
+use super::link::{self, RawLink};
+use super::names::Names;
+use super::neighbour::{self, RawNeighbour};
+use super::nexthop::{self, RawNexthop};
+use super::requester::{Requester, Trouble};
+use super::route::{self, RawRoute};
+use super::wire::{Message, Messages, number};
+use super::{ALIAS, Core, PROTOCOL};
+use crate::driver::{DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, Scope};
+use crate::plan::{Address, Conflict, Fdb, Key, Neighbour, NextHop, Object, Owner, Route};
+use crate::types::{DeviceName, Family};
+
+/// All that the kernel told.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) names: Names,
+    pub(super) addresses: Vec<RawAddress>,
+    /// Of our devices alone.
+    pub(super) neighbours: Vec<RawNeighbour>,
+    pub(super) routes: Vec<RawRoute>,
+    /// Whether the kernel has nexthop objects at all.
+    pub(super) has_nexthops: bool,
+    /// Of our devices, whether transmit checksums are offloaded.
+    pub(super) offload: HashMap<u32, bool>,
+}
+
+/// How often everything is looked at again because a device came up between the dumps.
+const LOOKS: usize = 2;
+
+impl Found {
+    /// Whether the devices of our routes and nexthop objects are all among the links, which were listed first.
+    fn coherent(&self) -> bool {
+        let routes = self.routes.iter().filter(|route| route.protocol == PROTOCOL);
+        let hops = routes.flat_map(|route| &route.hops).filter_map(|hop| hop.index);
+        let objects = self.names.nexthops.values().filter(|object| object.protocol == PROTOCOL);
+        hops.chain(objects.filter_map(|object| object.index)).all(|index| self.names.links.contains_key(&index))
+    }
+}
+
+/// Observes.
+pub(super) async fn observe(core: &mut Core, scope: &Scope) -> Result<Observed, DriverError> {
+    let mut found = look(core, scope).await?;
+    for _ in 0..LOOKS {
+        if found.coherent() {
+            break;
+        }
+        found = look(core, scope).await?;
+    }
+    let observed = sort(&found, scope);
+    let ours = |route: &&RawRoute| route.protocol == PROTOCOL;
+    let gateways = found.routes.iter().filter(ours).filter_map(|route| {
+        let IpNetwork::V4(destination) = route.destination else { return None };
+        let gateway = route.nexthop.is_some() || route.hops.iter().any(|hop| hop.gateway.is_some());
+        gateway.then_some(((destination, route.metric), route.nexthop))
+    });
+    let held = found.routes.iter().filter(|route| !ours(route)).filter_map(|route| route.nexthop);
+    core.nexthops.observe(found.has_nexthops.then_some(found.names.nexthops.values()), gateways, held);
+    core.legacy = observed
+        .objects
+        .iter()
+        .filter(|(object, owner)| *owner == Owner::Adoptable && matches!(object, Object::Route(_)))
+        .map(|(object, _)| object.key())
+        .collect();
+    Ok(observed)
+}
+
+async fn look(core: &mut Core, scope: &Scope) -> Result<Found, DriverError> {
+    let requester = &mut core.requester;
+    let links = dump(requester, "links", link::dump(), link::decode).await?;
+    let mut found = Found { names: Names::new(links, []), ..Found::default() };
+    found.addresses = dump(requester, "addresses", address::dump(), address::decode).await?;
+    for link in found.names.links.values().filter(|link| ours(link, scope).is_some()) {
+        let (name, index) = (link.name.as_ref().map_or("", DeviceName::as_str), link.index);
+        // A kernel that does not filter sends those of all devices.
+        let mine = |n: &RawNeighbour| n.index == index && n.permanent;
+        let (what, request) = (format!("neighbours of {name}"), neighbour::dump_neighbours(index));
+        let here = |m: &Message<'_>| neighbour::decode(m).filter(|n| mine(n) && !n.fdb);
+        found.neighbours.extend(dump(requester, &what, request, here).await?);
+        let (what, request) = (format!("forwarding entries of {name}"), neighbour::dump_fdb(index));
+        let here = |m: &Message<'_>| neighbour::decode(m).filter(|n| mine(n) && n.fdb);
+        found.neighbours.extend(dump(requester, &what, request, here).await?);
+        if let Some(ethtool) = &mut core.ethtool
+            && let Ok(on) = ethtool.tx_checksum(index)
+        {
+            found.offload.insert(index, on);
+        }
+    }
+    found.routes = routes(requester, Family::V4).await?;
+    found.routes.extend(routes(requester, Family::V6).await?);
+    if let Some(objects) = nexthops(requester).await? {
+        found.has_nexthops = true;
+        found.names.nexthops = objects.into_iter().map(|object| (object.id, object)).collect();
+    }
+    Ok(found)
+}
+
+/// The main table of a family.
+pub(super) async fn routes(requester: &mut Requester, family: Family) -> Result<Vec<RawRoute>, DriverError> {
+    let number = match family {
+        Family::V4 => number::AF_INET,
+        Family::V6 => number::AF_INET6,
+    };
+    // A kernel without IPv6 answers with the routes of every family.
+    dump(requester, &format!("{family} routes"), route::dump(number), |message| {
+        route::decode(message).filter(|route| Family::of(route.destination.ip()) == family)
+    })
+    .await
+}
+
+/// All nexthop objects; `None` on a kernel that has none.
+pub(super) async fn nexthops(requester: &mut Requester) -> Result<Option<Vec<RawNexthop>>, DriverError> {
+    match requester.dump(&mut nexthop::dump(), nexthop::decode).await {
+        Ok(objects) => Ok(Some(objects)),
+        Err(Trouble::Refused(Errno::OPNOTSUPP | Errno::INVAL, _)) => Ok(None),
+        Err(trouble) => Err(trouble.error("list nexthop objects")),
+    }
+}
+
+/// Dumps a table, or says which could not be.
+pub(super) async fn dump<T>(
+    requester: &mut Requester,
+    what: &str,
+    mut request: Messages,
+    decode: impl FnMut(&Message<'_>) -> Option<T>,
+) -> Result<Vec<T>, DriverError> {
+    requester.dump(&mut request, decode).await.map_err(|trouble| trouble.error(format!("list {what}")))
+}
+
+/// Whose a device in the scope is; `None` for a device that is not in it or somebody else's.
+pub(super) fn ours(link: &RawLink, scope: &Scope) -> Option<Owner> {
+    link.name.as_ref().filter(|name| scope.devices.contains(*name)).and_then(|_| link.owner(scope.adopt))
+}
+
+/// Whether the cluster networks hold all of this network.
+pub(super) fn inside(network: IpNetwork, scope: &Scope) -> bool {
+    match network {
+        IpNetwork::V4(n) => scope.networks.v4().is_some_and(|c| n.prefix() >= c.prefix() && c.contains(n.ip())),
+        IpNetwork::V6(n) => scope.networks.v6().is_some_and(|c| n.prefix() >= c.prefix() && c.contains(n.ip())),
+    }
+}
+
+fn overlaps(network: IpNetwork, scope: &Scope) -> bool {
+    match network {
+        IpNetwork::V4(n) => scope.networks.v4().is_some_and(|c| c.contains(n.network()) || n.contains(c.network())),
+        IpNetwork::V6(n) => scope.networks.v6().is_some_and(|c| c.contains(n.network()) || n.contains(c.network())),
+    }
+}
+
+/// Where a route leads, as far as one [`NextHop`] can say it. A route of ours that somebody gave another shape (several
+/// ways, a device that is gone) reads as what it surely is not wanted to be, so that it is put right.
+pub(super) fn next_hop(route: &RawRoute, names: &Names) -> NextHop {
+    if route.kind != number::RTN_UNICAST {
+        return NextHop::Blackhole;
+    }
+    let object = route.nexthop.and_then(|id| names.nexthops.get(&id));
+    let (number, gateway, onlink) = match (object, route.hops.last()) {
+        (Some(object), _) => (object.index, object.gateway, object.onlink),
+        (None, Some(hop)) => (hop.index, hop.gateway, hop.onlink),
+        (None, None) => (None, None, false),
+    };
+    match (number.and_then(|number| names.device(number)), gateway) {
+        (Some(device), Some(address)) => NextHop::Gateway { device, address, onlink },
+        (Some(device), None) => NextHop::Device(device),
+        (None, _) => NextHop::Blackhole,
+    }
+}
+
+/// A route as an object.
+pub(super) fn route_object(route: &RawRoute, names: &Names) -> Route {
+    Route { destination: route.destination, metric: route.metric, next: next_hop(route, names) }
+}
+
+/// What a route of somebody else's is, in the words of `ip route`.
+pub(super) fn describe(route: &RawRoute, names: &Names) -> String {
+    let mut text = route_object(route, names).to_string();
+    if route.hops.len() > 1 {
+        text.push_str(&format!(" and {} other ways", route.hops.len() - 1));
+    }
+    let protocol = match route.protocol {
+        number::RTPROT_KERNEL => "kernel".to_owned(),
+        number::RTPROT_BOOT => "boot".to_owned(),
+        4 => "static".to_owned(),
+        other => other.to_string(),
+    };
+    text.push_str(&format!(" proto {protocol}"));
+    text
+}
+
+/// What to do about a route in the way.
+pub(super) fn advice(route: &RawRoute) -> String {
+    match route.protocol {
+        number::RTPROT_KERNEL => {
+            "it belongs to an address of that device: give the device or the pod network another range".to_owned()
+        }
+        _ => format!("delete it (ip route del {}) if nothing needs it", route.destination),
+    }
+}
+
+/// As an observed object, if a neighbour or forwarding entry of a device.
+pub(super) fn neighbour_object(raw: &RawNeighbour, device: &DeviceName) -> Option<Object> {
+    let (device, mac) = (device.clone(), raw.mac?);
+    Some(if raw.fdb {
+        Object::Fdb(Fdb { device, mac, remote: raw.address })
+    } else {
+        Object::Neighbour(Neighbour { device, address: raw.address, mac })
+    })
+}
+
+/// Whether a route of others is part of the host's view.
+pub(super) fn matters(route: &RawRoute, scope: &Scope) -> bool {
+    matches!(route.kind, number::RTN_UNICAST | number::RTN_BLACKHOLE..=9)
+        && (route.destination.prefix() == 0
+            || route.protocol == number::RTPROT_KERNEL
+            || overlaps(route.destination, scope))
+}
+
+/// Sorts what was found.
+pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
+    let names = &found.names;
+    let mut observed = Observed::default();
+    let mut host = HostView::default();
+    let mut mine: HashSet<u32> = HashSet::new();
+    for link in names.links.values() {
+        let Some(name) = &link.name else { continue };
+        host.links.push(HostLink {
+            index: link.index,
+            name: name.clone(),
+            kind: link.kind.clone(),
+            mtu: link.mtu,
+            mac: link.mac,
+            up: link.up(),
+            carrier: link.carrier(),
+            loopback: link.flags & number::IFF_LOOPBACK != 0,
+            vxlan: link.vxlan.map(|vxlan| (vxlan.vni, vxlan.port)),
+        });
+        if !scope.devices.contains(name) {
+            continue;
+        }
+        let object = link.object(|number| names.device(number), found.offload.get(&link.index).copied());
+        match (link.owner(scope.adopt), object) {
+            (Some(owner), Some(object)) => {
+                mine.insert(link.index);
+                observed.objects.push((Object::Link(object), owner));
+            }
+            _ => observed.conflicts.push(Conflict {
+                object: Key::Link(name.clone()),
+                with: link.describe(),
+                advice: format!(
+                    "it is not a VXLAN device with the alias {ALIAS}: delete or rename it, or allow what flannel left to \
+                     be taken over if it is that"
+                ),
+            }),
+        }
+    }
+    for address in &found.addresses {
+        let Some(device) = names.device(address.index) else { continue };
+        if !mine.contains(&address.index) {
+            host.addresses.push(HostAddress {
+                device,
+                address: address.address,
+                global: address.scope == number::RT_SCOPE_UNIVERSE,
+                permanent: address.permanent(),
+                temporary: address.temporary(),
+                deprecated: address.deprecated(),
+            });
+        } else if inside(address.address, scope) && !link_local(address.address.ip()) {
+            observed.objects.push((Object::Address(Address { device, address: address.address }), Owner::Ours));
+        }
+    }
+    observed.objects.reserve(found.neighbours.len() + found.routes.len());
+    for neighbour in &found.neighbours {
+        let device = names.links.get(&neighbour.index).and_then(|link| link.name.as_ref());
+        let object = device.and_then(|device| neighbour_object(neighbour, device));
+        observed.objects.extend(object.map(|object| (object, Owner::Ours)));
+    }
+    // Of several routes of one destination and metric the kernel uses the first.
+    let mut seen: HashSet<(IpNetwork, u32)> = HashSet::with_capacity(found.routes.len());
+    for route in &found.routes {
+        let first = seen.insert((route.destination, route.metric));
+        if route.protocol == PROTOCOL {
+            if first {
+                observed.objects.push((Object::Route(route_object(route, names)), Owner::Ours));
+            }
+            continue;
+        }
+        // What the kernel adds for an address of ours (IPv6: also for a /128) goes with the address.
+        if route.protocol == number::RTPROT_KERNEL && over(route, &mine) {
+            continue;
+        }
+        if first && legacy(route, &mine, scope) {
+            observed.objects.push((Object::Route(route_object(route, names)), Owner::Adoptable));
+            continue;
+        }
+        if first && inside(route.destination, scope) {
+            observed.conflicts.push(Conflict {
+                object: Key::Route(route.destination, route.metric),
+                with: describe(route, names),
+                advice: advice(route),
+            });
+        }
+        if matters(route, scope) {
+            let several = route.hops.len() > 1;
+            let next = next_hop(route, names);
+            host.routes.push(HostRoute {
+                destination: route.destination,
+                device: next.device().filter(|_| !several).cloned(),
+                gateway: match next {
+                    NextHop::Gateway { address, .. } if !several => Some(address),
+                    _ => None,
+                },
+                source: route.source,
+                metric: route.metric,
+                protocol: route.protocol,
+            });
+        }
+    }
+    observed.host = Some(host);
+    observed
+}
+
+/// The written rule of adoption for routes.
+fn legacy(route: &RawRoute, mine: &HashSet<u32>, scope: &Scope) -> bool {
+    scope.adopt
+        && route.protocol == number::RTPROT_BOOT
+        && route.kind == number::RTN_UNICAST
+        && route.metric == Route::default_metric(Family::of(route.destination.ip()))
+        && inside(route.destination, scope)
+        && over(route, mine)
+}
+
+/// Whether a route's one way is over a device of ours.
+fn over(route: &RawRoute, mine: &HashSet<u32>) -> bool {
+    matches!(route.hops.as_slice(), [hop] if hop.index.is_some_and(|index| mine.contains(&index)))
+}
+
+fn link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    }
+}
