@@ -142,7 +142,7 @@ impl Node {
         let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
         let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
         if !given.contains(&Domain::Sysctl) {
-            drivers.push(Arc::new(SysctlDriver::open(&self.namespace)?));
+            drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
         }
         if !given.contains(&Domain::Netlink) {
             drivers.push(Arc::new(NetlinkDriver::open(&self.namespace)?));
