@@ -84,7 +84,7 @@ async fn serve(listener: TcpListener, status: Receiver<Arc<Status>>) {
 }
 
 async fn answer(mut client: TcpStream, status: Arc<Status>) -> std::io::Result<()> {
-    client.read(&mut [0; 1024]).await?;
+    let _whatever_was_asked = client.read(&mut [0; 1024]).await?;
     let code = if status.is_ready() { "200 OK" } else { "503 Service Unavailable" };
     let body = serde_json::to_string_pretty(&*status)?;
     client.write_all(format!("HTTP/1.0 {code}\r\nContent-Type: application/json\r\n\r\n{body}\n").as_bytes()).await?;

@@ -10,7 +10,7 @@ use podnet_lab::{Privilege, Underlay};
 use serde_json::{Value, json};
 
 /// Width of the column that says what was tried.
-const CLAIM: usize = 32;
+const CLAIM: usize = 29;
 
 const BOLD: Style = Style::new().bold();
 const FAINT: Style = Style::new().dimmed();
@@ -129,7 +129,13 @@ impl Audience for Screen {
 }
 
 /// The document of `--json`.
-pub(crate) fn document(findings: &[Finding], nodes: u8, underlay: Underlay, privilege: Privilege, took: Duration) -> Value {
+pub(crate) fn document(
+    findings: &[Finding],
+    nodes: u8,
+    underlay: Underlay,
+    privilege: Privilege,
+    took: Duration,
+) -> Value {
     json!({
         "ok": count(findings, Outcome::Fails) == 0,
         "nodes": nodes,

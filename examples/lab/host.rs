@@ -683,6 +683,11 @@ fn route_of(message: &RouteMessage, named: &impl Fn(u32) -> Option<String>) -> O
     Some(route)
 }
 
+fn remote_of(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+}
+
 fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
     let mut neighbour =
         Neighbour { address: None, mac: None, permanent: message.header.state == NeighbourState::Permanent };
@@ -694,6 +699,8 @@ fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
                 neighbour.address = Some((*address).into())
             }
+            // An FDB entry is of family AF_BRIDGE, which says nothing of its remote's family: its length does.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => neighbour.address = remote_of(bytes),
             NeighbourAttribute::LinkLayerAddress(mac) => neighbour.mac = mac.as_slice().try_into().ok(),
             _ => {}
         }

@@ -41,7 +41,7 @@ async fn route(cluster: &Cluster) -> Result<Seen, DemoError> {
         return Ok(Seen::new(false, format!("there is no route to {subnet} to delete")));
     };
     let took = repair(cluster, host.delete_route(&victim), || node_state::routes(host)).await?;
-    Ok(repaired(cluster, took, &format!("{subnet} via {}", subnet.network())).await?)
+    repaired(cluster, took, &format!("{subnet} via {}", subnet.network())).await
 }
 
 async fn neighbour(cluster: &Cluster) -> Result<Seen, DemoError> {
@@ -50,7 +50,8 @@ async fn neighbour(cluster: &Cluster) -> Result<Seen, DemoError> {
     };
     let host = cluster.first().host();
     let vtep = cluster.lab().spec().subnet(other.index()).network();
-    let took = repair(cluster, host.delete_neighbour(OVERLAY_DEVICE, vtep.into()), || node_state::neighbours(host)).await?;
+    let took =
+        repair(cluster, host.delete_neighbour(OVERLAY_DEVICE, vtep.into()), || node_state::neighbours(host)).await?;
     repaired(cluster, took, &format!("{vtep} on {OVERLAY_DEVICE}")).await
 }
 
@@ -100,7 +101,7 @@ async fn table(cluster: &Cluster) -> Result<Seen, DemoError> {
     let (node, host) = (cluster.first(), cluster.first().host());
     let delete = async { services::delete_table(host, MASQUERADE_TABLE) };
     let took = repair(cluster, delete, || async { node_state::tables(host) }).await?;
-    let seen = seen_outside(cluster.lab(), &node.pods()[0]).await?;
+    let seen = seen_outside(cluster, &node.pods()[0]).await?;
     if seen.iter().any(|seen| *seen != node.address()) {
         return Ok(Seen::new(false, format!("the table is back, but the outside sees {seen:?}")));
     }

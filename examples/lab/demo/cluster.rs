@@ -14,10 +14,11 @@ use serde_json::json;
 
 use super::node_state::NodeState;
 use super::pod_network::PodNetwork;
+use super::proofs::ECHO_PORT;
 use super::{DemoError, Part, Seen, Stage};
-use crate::cluster::DOCKER_BRIDGE;
+use crate::cluster::{DOCKER_BRIDGE, OUTSIDE};
 use crate::host::LinkState;
-use crate::probe::DnsServer;
+use crate::probe::{DnsServer, EchoServer};
 use crate::services::{self, Service};
 use crate::{Lab, LabError, LabSpec, Node, Pod, Underlay};
 
@@ -64,7 +65,14 @@ pub struct Cluster {
     subnets: MemorySubnets,
     networks: Vec<PodNetwork>,
     before: Vec<Before>,
+    servers: Servers,
+}
+
+/// What answers in the cluster and outside of it.
+#[derive(Debug)]
+struct Servers {
     _dns: DnsServer,
+    outside: EchoServer,
 }
 
 impl Cluster {
@@ -72,8 +80,8 @@ impl Cluster {
     pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
         let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
         let (subnets, networks) = stage.need(Part::Build, "podnet", pod_networks(&lab)).await?;
-        let dns = stage.need(Part::Build, "pods", pods(&mut lab, &networks)).await?;
-        Ok(Self { spec, lab, subnets, networks, before, _dns: dns })
+        let servers = stage.need(Part::Build, "pods", pods(&mut lab, &networks)).await?;
+        Ok(Self { spec, lab, subnets, networks, before, servers })
     }
 
     /// What was asked for.
@@ -102,6 +110,16 @@ impl Cluster {
 
     pub(crate) fn before(&self, node: usize) -> &Before {
         &self.before[node]
+    }
+
+    /// The server on the host outside that says whom it sees.
+    pub(crate) fn outside_echo(&self) -> &EchoServer {
+        &self.servers.outside
+    }
+
+    /// Whether this is the article's cluster, so that its listings are what must be seen.
+    pub(crate) fn is_the_articles(&self) -> bool {
+        self.spec.nodes == 3 && self.spec.underlay == Underlay::Gcp
     }
 
     /// The MTU that pods should have, in bytes.
@@ -163,10 +181,10 @@ async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> 
         before.push(Before { state: NodeState::of(node.host()).await?, docker });
     }
     let wire = match spec.underlay {
-        Underlay::Gcp => "each with a /32 behind the gateway 10.240.0.1",
-        Underlay::Lan => "on one Ethernet, 10.240.0.0/24",
+        Underlay::Gcp => "a /32 each, gateway 10.240.0.1",
+        Underlay::Lan => "one Ethernet, 10.240.0.0/24",
     };
-    let text = format!("{} with ens4 (MTU {}) and docker0, {wire}", count(spec.nodes, "node"), lab.spec().mtu());
+    let text = format!("{} with docker0 and ens4: MTU {}, {wire}", count(spec.nodes, "node"), lab.spec().mtu());
     let figures = json!({ "nodes": spec.nodes, "underlay_mtu": lab.spec().mtu() });
     Ok(((lab, before), Seen::new(true, text).figures(figures)))
 }
@@ -187,12 +205,16 @@ async fn pod_networks(lab: &Lab) -> Result<((MemorySubnets, Vec<PodNetwork>), Se
     let peers = lab.nodes().len() - 1;
     try_join_all(networks.iter().map(|network| network.wait_ready(peers))).await?;
     let ready_ms = milliseconds(start.elapsed());
-    let text = format!("{} ready {ready_ms:.0} ms after the start: flannel.1 in {network}, MTU {}", all(lab), pod_mtu(lab.spec()));
+    let text = format!(
+        "{} ready after {ready_ms:.0} ms; network {network}, a /24 each, MTU {}",
+        all(lab),
+        pod_mtu(lab.spec())
+    );
     Ok(((subnets, networks), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }
 
 /// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.
-async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(DnsServer, Seen), DemoError> {
+async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(Servers, Seen), DemoError> {
     let wanted = pod_mtu(lab.spec());
     let asked: Vec<_> = networks.iter().filter_map(|network| network.overlay().status().borrow().pod_mtu).collect();
     if asked.len() != networks.len() || asked.iter().any(|mtu| mtu.bytes() != wanted) {
@@ -205,13 +227,17 @@ async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(DnsServer, Seen
     for node in lab.nodes() {
         services::publish(node.host(), &[Service::dns(server.address())])?;
     }
+    let outside = EchoServer::start(lab.outside().netns(), at(OUTSIDE, ECHO_PORT))?;
     let text = format!(
         "{} on cni0, MTU {wanted}; DNS at {} is the pod {}",
         count(lab.pods().count(), "pod"),
         services::DNS_SERVICE,
         server.address()
     );
-    Ok((dns, Seen::new(true, text).figures(json!({ "pods": lab.pods().count(), "pod_mtu": wanted }))))
+    Ok((
+        Servers { _dns: dns, outside },
+        Seen::new(true, text).figures(json!({ "pods": lab.pods().count(), "pod_mtu": wanted })),
+    ))
 }
 
 fn dns_pod(lab: &Lab) -> Result<Pod, LabError> {

@@ -91,6 +91,13 @@ impl Seen {
         Self { outcome: Outcome::Skipped, ..Self::new(true, why) }
     }
 
+    /// It could not be found out, and why.
+    fn failed(error: &DemoError) -> Self {
+        let text = error.to_string();
+        let mut lines = text.lines();
+        Self::new(false, lines.next().unwrap_or_default()).details(lines)
+    }
+
     /// With more lines.
     pub fn details(self, details: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self { details: details.into_iter().map(Into::into).collect(), ..self }
@@ -137,7 +144,7 @@ impl<'a> Stage<'a> {
     pub async fn show(&mut self, part: Part, claim: &str, proof: impl Future<Output = Result<Seen, DemoError>>) {
         self.audience.begins(part, claim);
         let start = Instant::now();
-        let seen = proof.await.unwrap_or_else(|error| Seen::new(false, error.to_string()));
+        let seen = proof.await.unwrap_or_else(|error| Seen::failed(&error));
         self.tell(part, claim, seen, start.elapsed());
     }
 
@@ -156,7 +163,7 @@ impl<'a> Stage<'a> {
                 Ok(value)
             }
             Err(error) => {
-                self.tell(part, claim, Seen::new(false, error.to_string()), start.elapsed());
+                self.tell(part, claim, Seen::failed(&error), start.elapsed());
                 Err(error)
             }
         }

@@ -29,12 +29,14 @@ pub struct PodNetwork {
 impl PodNetwork {
     /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
     pub async fn start(node: &Node, subnets: &MemorySubnets) -> Result<Self, DemoError> {
-        let namespace = node.netns().fd().try_clone_to_owned().map_err(|source| LabError::Io {
-            what: format!("duplicating the namespace of {}", node.name()),
-            source,
-        })?;
+        let namespace = node
+            .netns()
+            .fd()
+            .try_clone_to_owned()
+            .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
-        let service_network = SERVICE_NETWORK.parse().map_err(|e| LabError::Invalid(format!("{SERVICE_NETWORK}: {e}")))?;
+        let service_network =
+            SERVICE_NETWORK.parse().map_err(|e| LabError::Invalid(format!("{SERVICE_NETWORK}: {e}")))?;
 
         let (overlay, runner) = podnet::Node::builder(node.name(), subnets.clone())
             .backend(Vxlan::new())
@@ -65,7 +67,9 @@ impl PodNetwork {
         let ready = status.wait_for(|status| status.is_ready() && status.peers.connected == peers);
         match tokio::time::timeout(READY, ready).await {
             Ok(Ok(_)) => return Ok(start.elapsed()),
-            Ok(Err(_)) => return Err(DemoError::Runner { node: self.node.clone(), what: "ended by itself".to_owned() }),
+            Ok(Err(_)) => {
+                return Err(DemoError::Runner { node: self.node.clone(), what: "ended by itself".to_owned() });
+            }
             Err(_) => {}
         }
         let status = self.overlay.status().borrow().to_string();

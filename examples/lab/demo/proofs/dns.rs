@@ -10,7 +10,7 @@ use crate::probe::dns::{KUBERNETES, KUBERNETES_SERVICE};
 use crate::probe::{Transport, dns_query};
 use crate::services::DNS_SERVICE;
 
-const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(5);
 
 pub(super) async fn resolves(cluster: &Cluster) -> Result<Seen, DemoError> {
     let pod = &cluster.first().pods()[0];
@@ -19,7 +19,7 @@ pub(super) async fn resolves(cluster: &Cluster) -> Result<Seen, DemoError> {
     let tcp = dns_query(pod.netns(), server, KUBERNETES, Transport::Tcp, ANSWER).await?;
     let holds = [&udp, &tcp].iter().all(|answer| answer.addresses == [KUBERNETES_SERVICE]);
     let text = if holds {
-        format!("{DNS_SERVICE}: {KUBERNETES} is {KUBERNETES_SERVICE}; UDP {} us, TCP {} us", udp.rtt_us, tcp.rtt_us)
+        format!("{KUBERNETES} is {KUBERNETES_SERVICE}; UDP {} us, TCP {} us", udp.rtt_us, tcp.rtt_us)
     } else {
         format!("{DNS_SERVICE} answered {:?} over UDP and {:?} over TCP", udp.addresses, tcp.addresses)
     };

@@ -4,9 +4,9 @@
 
 mod dns;
 mod masquerade;
-mod node_view;
+pub mod node_view;
 mod packet_size;
-mod reach;
+pub mod reach;
 mod throughput;
 mod wire;
 
@@ -14,7 +14,7 @@ use super::{Cluster, DemoError, Part, Seen, Stage};
 use crate::probe::{PingOptions, ping};
 use crate::{LabError, Netns};
 
-pub(crate) use masquerade::seen_outside;
+pub(crate) use masquerade::{PORT as ECHO_PORT, seen_outside};
 
 /// Shows all of it.
 pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
@@ -22,13 +22,13 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     stage.show(Part::Proof, "every pod reaches every pod", reach::every_pod(cluster)).await;
     stage.show(Part::Proof, &format!("node {node}: interfaces"), node_view::interfaces(cluster)).await;
     stage.show(Part::Proof, &format!("node {node}: routes"), node_view::routes(cluster)).await;
-    stage.show(Part::Proof, "docker0 is left alone", node_view::docker(cluster)).await;
+    stage.show(Part::Proof, "docker0 and the default route", node_view::docker(cluster)).await;
     stage.show(Part::Proof, "largest packet between nodes", packet_size::largest(cluster)).await;
     stage.show(Part::Proof, "on the wire it is VXLAN", wire::is_vxlan(cluster)).await;
     stage.show(Part::Proof, "TCP throughput", throughput::tcp(cluster)).await;
     stage.show(Part::Proof, "pod to outside is masqueraded", masquerade::to_outside(cluster)).await;
     stage.show(Part::Proof, "pod to pod is not", masquerade::between_pods(cluster)).await;
-    stage.show(Part::Proof, "DNS through the service address", dns::resolves(cluster)).await;
+    stage.show(Part::Proof, "DNS through 10.43.0.10", dns::resolves(cluster)).await;
 }
 
 /// What is said where a proof needs two nodes and there is one.

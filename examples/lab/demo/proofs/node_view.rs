@@ -19,7 +19,8 @@ fn last(cluster: &Cluster) -> Result<&Node, LabError> {
     cluster.lab().nodes().last().ok_or_else(|| LabError::Invalid("the lab has no nodes".to_owned()))
 }
 
-pub(super) async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
+/// Names, addresses and MTUs; and what `flannel.1` is made with.
+pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
     let (host, subnet, address) = (node.host(), cluster.lab().spec().subnet(node.index()), node.address());
     let (mtu, pod_mtu) = (cluster.lab().spec().mtu(), cluster.pod_mtu());
@@ -55,16 +56,20 @@ pub(super) async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
         }
         found.push(line);
     }
-    Ok(compared(&expected, &found, found.clone(), "interface"))
+    Ok(compared(cluster, &expected, &found, found.clone(), "interface", ""))
 }
 
-pub(super) async fn routes(cluster: &Cluster) -> Result<Seen, DemoError> {
+/// The main table.
+pub async fn routes(cluster: &Cluster) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
     let (spec, address) = (cluster.lab().spec(), node.address());
     let own = spec.subnet(node.index());
     let mut expected = BTreeSet::from([
         format!("default via {GATEWAY} dev {UNDERLAY_INTERFACE} proto dhcp src {address} metric 100"),
-        format!("{own} dev {BRIDGE} proto kernel scope link src {}", std::net::Ipv4Addr::from(u32::from(own.network()) + 1)),
+        format!(
+            "{own} dev {BRIDGE} proto kernel scope link src {}",
+            std::net::Ipv4Addr::from(u32::from(own.network()) + 1)
+        ),
         format!("172.17.0.0/16 dev {DOCKER_BRIDGE} proto kernel scope link src 172.17.0.1"),
         match spec.underlay {
             Underlay::Gcp => {
@@ -83,7 +88,7 @@ pub(super) async fn routes(cluster: &Cluster) -> Result<Seen, DemoError> {
     let routes = node.host().routes().await?;
     let shown: Vec<_> = routes.iter().map(ToString::to_string).collect();
     let found: Vec<_> = routes.into_iter().map(|route| as_flannel_writes(route).to_string()).collect();
-    Ok(compared(&expected, &found, shown, "route"))
+    Ok(compared(cluster, &expected, &found, shown, "route", ", but for the protocol number"))
 }
 
 /// Our own routes with flannel's protocol, and with the gateway in the route itself.
@@ -95,20 +100,28 @@ fn as_flannel_writes(route: Route) -> Route {
 }
 
 /// Shows the lines; what is missing or too many comes after them.
-fn compared(expected: &BTreeSet<String>, found: &[String], shown: Vec<String>, thing: &str) -> Seen {
+fn compared(
+    cluster: &Cluster,
+    expected: &BTreeSet<String>,
+    found: &[String],
+    shown: Vec<String>,
+    thing: &str,
+    aside: &str,
+) -> Seen {
     let missing = expected.iter().filter(|line| !found.contains(line)).map(|line| format!("missing: {line}"));
     let extra = found.iter().filter(|line| !expected.contains(*line)).map(|line| format!("not expected: {line}"));
     let wrong: Vec<_> = missing.chain(extra).collect();
     let text = match wrong.len() {
-        0 => format!("{}, exactly as the article shows", count(found.len(), thing)),
-        number => format!("{} from what the article shows", count(number, "difference")),
+        0 if cluster.is_the_articles() => format!("{}, as in the article{aside}", count(found.len(), thing)),
+        0 => format!("{}, as they should be", count(found.len(), thing)),
+        number => count(number, "difference"),
     };
     let figures = json!({ "expected": expected.len(), "found": found.len(), "differences": wrong.len() });
     Seen::new(wrong.is_empty(), text).details(shown.into_iter().chain(wrong)).figures(figures)
 }
 
-/// On every node, with the default route.
-pub(super) async fn docker(cluster: &Cluster) -> Result<Seen, DemoError> {
+/// `docker0`, the default route, and all else that was there before podnet, on every node.
+pub async fn docker(cluster: &Cluster) -> Result<Seen, DemoError> {
     let mut wrong = Vec::new();
     for node in cluster.lab().nodes() {
         if node.host().link(DOCKER_BRIDGE).await? != cluster.before(node.index()).docker {
@@ -116,10 +129,12 @@ pub(super) async fn docker(cluster: &Cluster) -> Result<Seen, DemoError> {
         }
         let now = crate::demo::node_state::NodeState::of(node.host()).await?;
         let gone = now.changes_since(&cluster.before(node.index()).state);
-        wrong.extend(gone.into_iter().filter(|line| line.starts_with('-')).map(|line| format!("{}: {line}", node.name())));
+        wrong.extend(
+            gone.into_iter().filter(|line| line.starts_with('-')).map(|line| format!("{}: {line}", node.name())),
+        );
     }
     let text = if wrong.is_empty() {
-        "so is the default route, and all else that was there before".to_owned()
+        "untouched, as is all else that was there before".to_owned()
     } else {
         count(wrong.len(), "difference")
     };

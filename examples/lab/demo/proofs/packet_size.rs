@@ -55,7 +55,7 @@ async fn whole(from: &crate::Netns, to: std::net::IpAddr, length: u32) -> Result
     let options = PingOptions {
         ip_length: length as usize,
         dont_fragment: true,
-        timeout: Duration::from_secs(1),
+        timeout: Duration::from_secs(5),
         ..PingOptions::default()
     };
     ping(from, to, options).await

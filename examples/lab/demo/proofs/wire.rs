@@ -27,16 +27,15 @@ pub(super) async fn is_vxlan(cluster: &Cluster) -> Result<Seen, DemoError> {
         let inner = frame.vxlan.and_then(|vxlan| vxlan.ipv4);
         inner.is_some_and(|inner| (inner.source, inner.destination) == inner_addresses)
     };
-    let frame = capture.wait_for(Duration::from_secs(2), is_ours).await?;
+    let frame = capture.wait_for(Duration::from_secs(5), is_ours).await?;
     let (Some(outer), Some(udp), Some(vxlan)) = (frame.ipv4, frame.udp, frame.vxlan) else {
         return Ok(Seen::new(false, "a packet between pods without an outer IPv4 header"));
     };
     let inner_length = vxlan.ipv4.map_or(0, |inner| inner.total_length);
     let more = outer.total_length.saturating_sub(inner_length);
     // Pods' packets must not be seen on the underlay as they are.
-    let is_bare = |frame: &&Frame| {
-        frame.ipv4.is_some_and(|header| (header.source, header.destination) == inner_addresses)
-    };
+    let is_bare =
+        |frame: &&Frame| frame.ipv4.is_some_and(|header| (header.source, header.destination) == inner_addresses);
     let bare = capture.report().frames.iter().filter(is_bare).count();
 
     let own_mac = node.host().link(OVERLAY_DEVICE).await?.mac;
