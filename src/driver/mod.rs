@@ -5,8 +5,13 @@
 
 mod error;
 mod host;
+#[cfg(test)]
+mod isolated;
 mod namespace;
 pub mod netlink;
+pub mod nftables;
+mod notifications;
+pub mod sysctl;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -47,6 +52,9 @@ pub struct Observed {
     pub objects: Vec<(Object, Owner)>,
     /// What of others stands in the way of something of ours, or undoes it.
     pub conflicts: Vec<Conflict>,
+    /// What of others does not keep ours out of the kernel, but hampers it or stands beside it: reported, and no
+    /// reason to hold anything back.
+    pub warnings: Vec<Conflict>,
     /// What the host has beside; from the netlink driver alone.
     pub host: Option<HostView>,
 }
@@ -63,6 +71,8 @@ pub enum Change {
     Device(DeviceName),
     /// Links, addresses or routes of the host changed: the underlay may be another.
     Host,
+    /// Something in a domain moved, or hints about that domain alone were lost: observe it again.
+    Domain(Domain),
     /// Hints were lost (`ENOBUFS`), or cannot say what happened: look at everything.
     Unknown,
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::{fmt, io};
 
 use netlink_sys::Socket;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Sockets that the host opens for us, in a namespace that we may not enter ourselves
@@ -68,6 +69,19 @@ impl NetworkNamespace {
             work()
         })?;
         thread.join().map_err(|_| io::Error::other("the thread inside the network namespace ended early"))?
+    }
+
+    /// A unix socket bound to an abstract name of the namespace, where each name is free once.
+    pub(crate) fn abstract_socket(&self, name: &'static str) -> io::Result<OwnedFd> {
+        let bound = move |socket: OwnedFd| {
+            bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+            Ok(socket)
+        };
+        match self {
+            NetworkNamespace::Sockets(source) => bound(source.unix()?),
+            _ => self
+                .run(move || bound(socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)),
+        }
     }
 
     /// A new netlink socket of the namespace: unbound, non-blocking.

@@ -44,10 +44,11 @@ impl Picture {
     /// Takes over what the kernel acknowledged.
     pub fn acknowledge(&mut self, step: &Step) {
         match step {
-            Step::Create(to) | Step::Replace { to, .. } => {
+            Step::Replace { to, .. } => {
                 self.objects.insert(to.key(), (to.clone(), Owner::Ours));
             }
-            Step::Remake { to, .. } => {
+            Step::Create(to) | Step::Remake { to, .. } => {
+                // Nothing is on a device that is new.
                 if let Object::Link(link) = to {
                     self.forget_dependents(&link.name);
                 }

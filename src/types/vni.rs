@@ -22,6 +22,9 @@ pub struct Vni(u32);
 pub struct InvalidVni(pub u64);
 
 impl Vni {
+    /// The VNI 1, flannel's default.
+    pub const ONE: Vni = Vni(1);
+
     /// A number to a VNI.
     pub fn new(number: u64) -> Result<Vni, InvalidVni> {
         match u32::try_from(number) {

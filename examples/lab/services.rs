@@ -1,0 +1,330 @@
+//! The service address of the cluster's DNS, as kube-proxy would have it: an nftables table of the lab's own, `ip lab-services`.
+//!
+//! It is not part of a pod network, so podnet must live beside it: it redirects what is sent to the service to a pod, and nothing else.
+//! It never masquerades what leaves the node; only who reaches a pod of this node *through the service* gets the bridge's address as its source, since
+//! a neighbour's answer would otherwise go straight back over the bridge, past the connection tracking that must translate it.
+
+use std::io;
+use std::net::Ipv4Addr;
+
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate, InetHookNumber, Meta,
+    MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
+};
+use netlink_packet_netfilter::none::ControlMessage;
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
+
+use crate::{Host, LabError};
+
+/// The cluster's DNS service address.
+pub const DNS_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 10);
+/// The lab's table, of family `ip`.
+pub const TABLE: &str = "lab-services";
+
+/// NFNL_SUBSYS_NFTABLES: the subsystem a batch is for (nfnetlink.h).
+const SUBSYSTEM: u16 = 10;
+/// NFT_PAYLOAD_NETWORK_HEADER and NFT_PAYLOAD_TRANSPORT_HEADER (nf_tables.h).
+const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
+/// NF_IP_PRI_NAT_DST and NF_IP_PRI_NAT_SRC (netfilter_ipv4.h).
+const PRIORITY_DSTNAT: i32 = -100;
+const PRIORITY_SRCNAT: i32 = 100;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// A service: what arrives for `address` and `port`, over UDP and TCP, goes to the same port of `backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Service {
+    /// The service address.
+    pub address: Ipv4Addr,
+    /// The port, of both protocols.
+    pub port: u16,
+    /// The pod that answers.
+    pub backend: Ipv4Addr,
+}
+
+impl Service {
+    /// The cluster's DNS at [`DNS_SERVICE`], port 53, answered by this pod.
+    pub fn dns(backend: Ipv4Addr) -> Self {
+        Self { address: DNS_SERVICE, port: 53, backend }
+    }
+}
+
+/// Puts the table with these services into a node, in the place of the one that was there; one transaction.
+pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
+    // Adding it first makes deleting it always succeed.
+    let mut batch = vec![new_table(TABLE), delete_table_message(TABLE), new_table(TABLE)];
+    for (chain, hook, priority) in [
+        ("prerouting", InetHookNumber::PreRouting, PRIORITY_DSTNAT),
+        ("output", InetHookNumber::LocalOut, PRIORITY_DSTNAT),
+        ("postrouting", InetHookNumber::PostRouting, PRIORITY_SRCNAT),
+    ] {
+        batch.push(new_nat_chain(chain, hook, priority));
+    }
+    for service in services {
+        for protocol in [UDP, TCP] {
+            for chain in ["prerouting", "output"] {
+                batch.push(new_rule(chain, redirect(service, protocol)));
+            }
+        }
+    }
+    batch.push(new_rule("postrouting", hairpin_masquerade()));
+    transaction(node, &format!("writing table ip {TABLE}"), batch)
+}
+
+/// The names of the nftables tables of a host, as `FAMILY NAME` (`ip lab-services`), in the kernel's order.
+pub fn tables(host: &Host) -> Result<Vec<String>, LabError> {
+    let get = NfTablesMessage::GetTable(TableMessage { attributes: vec![] });
+    let mut message =
+        NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0), get));
+    message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    host.netns().open("listing nftables tables", || {
+        let socket = socket()?;
+        socket.send(&serialize(message, 1), 0)?;
+        let mut names = Vec::new();
+        loop {
+            let (answer, _) = socket.recv_from_full()?;
+            for message in messages(&answer)? {
+                match message.payload {
+                    NetlinkPayload::Done(_) => return Ok(names),
+                    NetlinkPayload::Error(error) if error.code.is_some() => {
+                        return Err(error.to_io());
+                    }
+                    NetlinkPayload::InnerMessage(message) => names.extend(table_name(&message)),
+                    _ => {}
+                }
+            }
+        }
+    })
+}
+
+/// Deletes a table, given as [`tables`] lists it; for demonstrations of repair.
+pub fn delete_table(host: &Host, table: &str) -> Result<(), LabError> {
+    let (family, name) = match table.split_once(' ') {
+        Some(("ip", name)) => (NetfilterProtoFamily::IPv4, name),
+        Some(("ip6", name)) => (NetfilterProtoFamily::IPv6, name),
+        Some(("inet", name)) => (NetfilterProtoFamily::Inet, name),
+        _ => {
+            return Err(LabError::Invalid(format!("{table:?} is no table of family ip, ip6 or inet")));
+        }
+    };
+    transaction(host, &format!("deleting table {table}"), vec![Step { family, ..delete_table_message(name) }])
+}
+
+fn table_name(message: &NetfilterMessage) -> Option<String> {
+    let NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) = &message.inner else {
+        return None;
+    };
+    let family = match message.header.family {
+        NetfilterProtoFamily::IPv4 => "ip",
+        NetfilterProtoFamily::IPv6 => "ip6",
+        NetfilterProtoFamily::Inet => "inet",
+        NetfilterProtoFamily::Bridge => "bridge",
+        NetfilterProtoFamily::ARP => "arp",
+        NetfilterProtoFamily::NetDev => "netdev",
+        _ => "other",
+    };
+    table.attributes.iter().find_map(|attribute| match attribute {
+        TableAttribute::Name(name) => Some(format!("{family} {name}")),
+        _ => None,
+    })
+}
+
+// ---- the messages ----
+
+/// One message of a transaction.
+struct Step {
+    family: NetfilterProtoFamily,
+    flags: u16,
+    message: NfTablesMessage,
+}
+
+fn step(flags: u16, message: NfTablesMessage) -> Step {
+    Step { family: NetfilterProtoFamily::IPv4, flags, message }
+}
+
+fn new_table(name: &str) -> Step {
+    step(NLM_F_CREATE, NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
+}
+
+fn delete_table_message(name: &str) -> Step {
+    step(0, NfTablesMessage::DeleteTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
+}
+
+fn new_nat_chain(name: &str, hook: InetHookNumber, priority: i32) -> Step {
+    let attributes = vec![
+        ChainAttribute::Table(TABLE.into()),
+        ChainAttribute::Name(name.into()),
+        ChainAttribute::Hook(vec![Hook::Number(HookNumber::Inet(hook)), Hook::Priority(priority.cast_unsigned())]),
+        ChainAttribute::Type("nat".into()),
+    ];
+    step(NLM_F_CREATE, NfTablesMessage::NewChain(ChainMessage { attributes }))
+}
+
+fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
+    let attributes = vec![
+        RuleAttribute::Table(TABLE.into()),
+        RuleAttribute::Chain(chain.into()),
+        RuleAttribute::Expressions(expressions.into_iter().map(Into::into).collect()),
+    ];
+    step(NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }))
+}
+
+/// `ip daddr SERVICE meta l4proto PROTOCOL th dport PORT dnat to BACKEND`
+fn redirect(service: &Service, protocol: u8) -> Vec<Expressions> {
+    vec![
+        load(NETWORK_HEADER, 16, 4),
+        equal(service.address.octets().to_vec()),
+        Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::L4Proto)]),
+        equal(vec![protocol]),
+        load(TRANSPORT_HEADER, 2, 2),
+        equal(service.port.to_be_bytes().to_vec()),
+        Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Reg1),
+            Immediate::Data(DataAttribute::Value(service.backend.octets().to_vec())),
+        ]),
+        dnat_to_register_1(),
+    ]
+}
+
+/// `oifname "cni0" ct status dnat masquerade`
+///
+/// No condition on the input interface: where br_netfilter is loaded, the redirection happens inside the bridge, and there is none here.
+fn hairpin_masquerade() -> Vec<Expressions> {
+    /// NFT_CT_STATUS and IPS_DST_NAT (nf_tables.h, nf_conntrack_common.h).
+    const CT_STATUS: u32 = 2;
+    const STATUS_DST_NAT: u32 = 1 << 5;
+    /// IFNAMSIZ: names are compared over their whole length.
+    const NAME_LENGTH: usize = 16;
+    let mut bridge = crate::pods::BRIDGE.as_bytes().to_vec();
+    bridge.resize(NAME_LENGTH, 0);
+    let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
+    vec![
+        Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::Oifname)]),
+        equal(bridge),
+        // NFTA_CT_DREG = 1, NFTA_CT_KEY = 2.
+        Expressions::Other {
+            expression_type: "ct".into(),
+            attributes: vec![value(1, u32::from(Register::Reg1)), value(2, CT_STATUS)],
+        },
+        mask(STATUS_DST_NAT),
+        Expressions::Cmp(vec![
+            Cmp::SourceRegister(Register::Reg1),
+            Cmp::Op(Operator::NotEqual),
+            Cmp::Data(DataAttribute::Value(vec![0; 4])),
+        ]),
+        Expressions::Other { expression_type: "masq".into(), attributes: vec![] },
+    ]
+}
+
+fn load(base: u32, offset: u32, length: u32) -> Expressions {
+    Expressions::Payload(vec![
+        Payload::DestinationRegister(Register::Reg1),
+        Payload::Base(base),
+        Payload::Offset(offset),
+        Payload::Len(length),
+    ])
+}
+
+fn equal(value: Vec<u8>) -> Expressions {
+    Expressions::Cmp(vec![
+        Cmp::SourceRegister(Register::Reg1),
+        Cmp::Op(Operator::Equal),
+        Cmp::Data(DataAttribute::Value(value)),
+    ])
+}
+
+/// Registers hold what the kernel keeps in host order in host order: hence the native bytes.
+fn mask(bits: u32) -> Expressions {
+    use netlink_packet_netfilter::nftables::Bitwise;
+    Expressions::Bitwise(vec![
+        Bitwise::SourceRegister(Register::Reg1),
+        Bitwise::DestinationRegister(Register::Reg1),
+        Bitwise::Length(4),
+        Bitwise::Mask(DataAttribute::Value(bits.to_ne_bytes().to_vec())),
+        Bitwise::Xor(DataAttribute::Value(vec![0; 4])),
+    ])
+}
+
+fn dnat_to_register_1() -> Expressions {
+    /// nf_tables.h: NFT_NAT_DNAT; NFTA_NAT_TYPE, NFTA_NAT_FAMILY, NFTA_NAT_REG_ADDR_MIN.
+    const DNAT: u32 = 1;
+    const TYPE: u16 = 1;
+    const FAMILY: u16 = 2;
+    const ADDRESS: u16 = 3;
+    const NFPROTO_IPV4: u32 = 2;
+    let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
+    Expressions::Other {
+        expression_type: "nat".into(),
+        attributes: vec![value(TYPE, DNAT), value(FAMILY, NFPROTO_IPV4), value(ADDRESS, u32::from(Register::Reg1))],
+    }
+}
+
+// ---- the transport ----
+
+/// Sends one transaction and reads an acknowledgement for each of its messages. The kernel takes all of it or none of it.
+fn transaction(host: &Host, what: &str, steps: Vec<Step>) -> Result<(), LabError> {
+    host.netns().open(what, || {
+        let control = |message| {
+            let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM);
+            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, NetfilterMessageInner::None(message)));
+            message.header.flags = NLM_F_REQUEST;
+            message
+        };
+        let mut bytes = serialize(control(ControlMessage::BatchBegin), 0);
+        let mut awaited = steps.len();
+        for (sequence, step) in (1..).zip(steps) {
+            let header = NetfilterHeader::new(step.family, 0, 0);
+            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, step.message));
+            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | step.flags;
+            bytes.extend(serialize(message, sequence));
+        }
+        bytes.extend(serialize(control(ControlMessage::BatchEnd), 0));
+
+        let socket = socket()?;
+        socket.send(&bytes, 0)?;
+        while awaited > 0 {
+            let (answer, _) = socket.recv_from_full()?;
+            for message in messages(&answer)? {
+                if let NetlinkPayload::Error(error) = message.payload {
+                    if error.code.is_some() {
+                        return Err(error.to_io());
+                    }
+                    awaited -= 1;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn socket() -> io::Result<netlink_sys::Socket> {
+    let mut socket = netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+fn serialize(mut message: NetlinkMessage<NetfilterMessage>, sequence: u32) -> Vec<u8> {
+    message.header.sequence_number = sequence;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+/// The messages of one datagram.
+fn messages(mut bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<NetfilterMessage>>> {
+    let mut found = Vec::new();
+    while !bytes.is_empty() {
+        let message = NetlinkMessage::<NetfilterMessage>::deserialize(bytes)
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        let length = (message.header.length as usize).next_multiple_of(4).max(4);
+        found.push(message);
+        bytes = bytes.get(length..).unwrap_or(&[]);
+    }
+    Ok(found)
+}

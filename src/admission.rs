@@ -1,0 +1,735 @@
+//! Who may claim what. Everything that other nodes say passes here before it can become a kernel object.
+//!
+//! Pure, over the whole set of leases, and incremental: an event is judged together with those claims alone that it
+//! meets. Where two claims meet, the older keeps (see [`Precedence`]); when it goes, the younger comes in. The verdicts
+//! depend on the set of leases and never on the order in which they came. Nothing here knows of the kernel or a clock.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use serde::Serialize;
+
+use crate::backend::{AdmittedPeer, Backend};
+use crate::lease::{BackendKind, Endpoint, Lease, Precedence};
+use crate::types::{Family, NodeName, Stack};
+
+/// Something that no peer's subnet may touch, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reserved {
+    /// The range.
+    pub network: IpNetwork,
+    /// What it is: "the service network", "the underlay of this node".
+    pub what: String,
+}
+
+/// What this node holds itself: always older than anything that a peer claims.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// This node: its own lease in a snapshot is not a peer's.
+    pub node: NodeName,
+    /// The cluster networks.
+    pub networks: Stack<Ipv4Network, Ipv6Network>,
+    /// This node's subnets.
+    pub own_subnets: Stack<Ipv4Network, Ipv6Network>,
+    /// This node's addresses: no peer can be there.
+    pub own_addresses: BTreeSet<IpAddr>,
+    /// What this node's backends published and no other may have, with its family and backend.
+    pub own_claims: BTreeSet<(BackendKind, Family, String)>,
+    /// Ranges beside the built-in ones (loopback, link-local, multicast).
+    pub reserved: Vec<Reserved>,
+}
+
+/// What became of a peer in one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is a peer.
+    Admitted {
+        /// Which of our backends reaches it: an index into the list that admission was made with.
+        backend: usize,
+        /// The peer, in this family.
+        peer: AdmittedPeer,
+    },
+    /// It has not said yet how it is reached; its subnet is its own.
+    Pending,
+    /// It is kept out.
+    Refused(Refusal),
+}
+
+/// Why a peer is kept out in one family.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The subnet is not inside the cluster network.
+    #[error("subnet {subnet} is outside the cluster network {network}")]
+    OutsideNetwork {
+        /// What was claimed.
+        subnet: IpNetwork,
+        /// The cluster network.
+        network: IpNetwork,
+    },
+    /// The subnet is not written as a network.
+    #[error("subnet {subnet} has host bits; {canonical} may be meant")]
+    HostBits {
+        /// What was claimed.
+        subnet: IpNetwork,
+        /// The network it lies in.
+        canonical: IpNetwork,
+    },
+    /// The subnet is too small to hold a gateway and a pod.
+    #[error("subnet {subnet} is too small to hold pods")]
+    TooSmall {
+        /// What was claimed.
+        subnet: IpNetwork,
+    },
+    /// The subnet meets something that is not a pod's.
+    #[error("subnet {subnet} overlaps {what} ({network})")]
+    Reserved {
+        /// What was claimed.
+        subnet: IpNetwork,
+        /// What it meets.
+        network: IpNetwork,
+        /// What that is.
+        what: String,
+    },
+    /// The subnet meets this node's own.
+    #[error("subnet {subnet} overlaps this node's own {own}")]
+    OverlapsOwn {
+        /// What was claimed.
+        subnet: IpNetwork,
+        /// Ours.
+        own: IpNetwork,
+    },
+    /// The subnet meets that of a peer that was there before.
+    #[error("subnet {subnet} overlaps {other} of node {holder}, which held it first")]
+    OverlapsPeer {
+        /// What was claimed.
+        subnet: IpNetwork,
+        /// The subnet that was there before.
+        other: IpNetwork,
+        /// Its holder.
+        holder: NodeName,
+    },
+    /// It offers none of the backends that this node runs.
+    #[error("no backend in common: it offers {theirs}, this node runs {ours}")]
+    NoCommonBackend {
+        /// Theirs, joined by commas.
+        theirs: String,
+        /// Ours, joined by commas.
+        ours: String,
+    },
+    /// Its address cannot be another host's.
+    #[error("address {address} is {what}")]
+    ImpossibleAddress {
+        /// The address.
+        address: IpAddr,
+        /// Why not.
+        what: String,
+    },
+    /// Its address is that of a peer that was there before.
+    #[error("address {address} is that of node {holder}, which had it first")]
+    AddressTaken {
+        /// The address.
+        address: IpAddr,
+        /// Its holder.
+        holder: NodeName,
+    },
+    /// The backend refuses what was published.
+    #[error("backend data refused: {reason}")]
+    BackendData {
+        /// Why.
+        reason: String,
+    },
+    /// What was published is this node's own.
+    #[error("{claim} is this node's own")]
+    ClaimIsOurs {
+        /// What is claimed.
+        claim: String,
+    },
+    /// What was published belongs to a peer that was there before.
+    #[error("{claim} is that of node {holder}, which had it first")]
+    ClaimTaken {
+        /// What is claimed.
+        claim: String,
+        /// Its holder.
+        holder: NodeName,
+    },
+}
+
+/// A verdict that changed: `None` when the peer is gone in this family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerdictChange {
+    /// The peer.
+    pub node: NodeName,
+    /// The family.
+    pub family: Family,
+    /// The new verdict.
+    pub verdict: Option<Verdict>,
+}
+
+/// All leases, and the verdict on each.
+#[derive(Debug)]
+pub struct Admission {
+    policy: Policy,
+    never_pods: Vec<Reserved>,
+    backends: Vec<Arc<dyn Backend>>,
+    peers: BTreeMap<NodeName, Peer>,
+    v4: Index,
+    v6: Index,
+}
+
+#[derive(Debug)]
+struct Peer {
+    lease: Lease,
+    v4: Option<Judged>,
+    v6: Option<Judged>,
+}
+
+impl Peer {
+    fn judged(&self, family: Family) -> Option<&Judged> {
+        match family {
+            Family::V4 => self.v4.as_ref(),
+            Family::V6 => self.v6.as_ref(),
+        }
+    }
+
+    fn judged_mut(&mut self, family: Family) -> &mut Option<Judged> {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
+    }
+}
+
+/// What a lease claims in one family, and what became of it.
+#[derive(Debug, Clone)]
+struct Judged {
+    subnet: Result<IpNetwork, Refusal>,
+    endpoint: Result<Option<Reach>, Refusal>,
+    holds_subnet: bool,
+    holds_endpoint: bool,
+    verdict: Option<Verdict>,
+}
+
+impl Judged {
+    /// What the endpoint claims for itself alone.
+    fn exclusive(&self) -> impl Iterator<Item = &Exclusive> {
+        self.endpoint.iter().flatten().flat_map(|reach| &reach.exclusive)
+    }
+}
+
+/// An endpoint that is possible in itself.
+#[derive(Debug, Clone)]
+struct Reach {
+    backend: usize,
+    endpoint: Endpoint<IpAddr>,
+    exclusive: Vec<Exclusive>,
+}
+
+/// What at most one node may hold.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Exclusive {
+    Address(IpAddr),
+    Claim(BackendKind, String),
+}
+
+/// The order in which claims are judged.
+type Rank = (Precedence, NodeName);
+
+/// A canonical prefix as numbers: cheap to order and to look up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Prefix {
+    start: u128,
+    len: u8,
+}
+
+/// Who claims what in one family, as far as the claim is possible in itself, and who holds it.
+#[derive(Debug, Default)]
+struct Index {
+    subnets: BTreeMap<Prefix, Claimants>,
+    exclusive: HashMap<Exclusive, Claimants>,
+}
+
+#[derive(Debug, Default)]
+struct Claimants {
+    all: BTreeSet<Rank>,
+    holder: Option<Rank>,
+}
+
+impl Claimants {
+    fn younger_than<'a>(&'a self, rank: &'a Rank) -> impl Iterator<Item = &'a Rank> {
+        self.all.range((Bound::Excluded(rank), Bound::Unbounded))
+    }
+
+    fn older_holder(&self, rank: &Rank) -> Option<&Rank> {
+        self.holder.as_ref().filter(|holder| *holder < rank)
+    }
+
+    fn hold(&mut self, rank: &Rank, holds: bool) {
+        if holds {
+            self.holder = Some(rank.clone());
+        } else if self.holder.as_ref() == Some(rank) {
+            self.holder = None;
+        }
+    }
+
+    /// Returns whether nobody is left.
+    fn leave(&mut self, rank: &Rank) -> bool {
+        self.all.remove(rank);
+        self.hold(rank, false);
+        self.all.is_empty()
+    }
+}
+
+impl Prefix {
+    fn of(network: IpNetwork) -> Prefix {
+        match network {
+            IpNetwork::V4(n) => Prefix { start: u32::from(n.network()).into(), len: n.prefix() },
+            IpNetwork::V6(n) => Prefix { start: u128::from(n.network()), len: n.prefix() },
+        }
+    }
+
+    fn width(family: Family) -> u8 {
+        match family {
+            Family::V4 => 32,
+            Family::V6 => 128,
+        }
+    }
+
+    fn last(self, family: Family) -> u128 {
+        let host_bits = u32::from(Self::width(family).saturating_sub(self.len));
+        self.start | 1_u128.checked_shl(host_bits).map_or(u128::MAX, |size| size - 1)
+    }
+
+    /// The prefix of `len` bits that this one lies in.
+    fn ancestor(self, len: u8, family: Family) -> Prefix {
+        let host_bits = u32::from(Self::width(family).saturating_sub(len));
+        let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
+        Prefix { start: self.start & mask, len }
+    }
+}
+
+impl Index {
+    /// All subnets that meet this one, with who claims them.
+    fn overlapping(&self, prefix: Prefix, family: Family) -> impl Iterator<Item = &Claimants> {
+        let inside = self
+            .subnets
+            .range(Prefix { start: prefix.start, len: 0 }..=Prefix { start: prefix.last(family), len: u8::MAX })
+            .filter(move |(p, _)| p.len >= prefix.len)
+            .map(|(_, claimants)| claimants);
+        let around = (0..prefix.len).filter_map(move |len| self.subnets.get(&prefix.ancestor(len, family)));
+        inside.chain(around)
+    }
+}
+
+impl Admission {
+    /// Admits nobody yet. `backends` in the order of preference.
+    pub fn new(policy: Policy, backends: Vec<Arc<dyn Backend>>) -> Self {
+        Admission {
+            policy,
+            never_pods: never_pods(),
+            backends,
+            peers: BTreeMap::new(),
+            v4: Index::default(),
+            v6: Index::default(),
+        }
+    }
+
+    /// Judges everything again under another policy.
+    pub fn set_policy(&mut self, policy: Policy) -> Vec<VerdictChange> {
+        if self.policy == policy {
+            return Vec::new();
+        }
+        let addresses = std::mem::replace(&mut self.policy.own_addresses, policy.own_addresses.clone());
+        if self.policy == policy {
+            return self.judge_addresses(&addresses);
+        }
+        self.policy = policy;
+        let leases: Vec<Lease> = self.peers.values().map(|p| p.lease.clone()).collect();
+        self.replace(leases, true)
+    }
+
+    /// Judges those alone whose address this node got or gave up: addresses come and go with every service on some hosts.
+    fn judge_addresses(&mut self, before: &BTreeSet<IpAddr>) -> Vec<VerdictChange> {
+        let moved: BTreeSet<IpAddr> = before.symmetric_difference(&self.policy.own_addresses).copied().collect();
+        let concerned: Vec<Lease> = self
+            .peers
+            .values()
+            .filter(|p| {
+                let mut endpoints = p.lease.offers.iter().flat_map(|o| Family::BOTH.map(|f| o.endpoint(f)));
+                endpoints.any(|e| e.is_some_and(|e| moved.contains(&e.public_ip)))
+            })
+            .map(|p| p.lease.clone())
+            .collect();
+        let mut run = Run::default();
+        for lease in concerned {
+            self.put(lease, true, &mut run);
+        }
+        self.settle(run)
+    }
+
+    /// The set of leases is now exactly this.
+    pub fn snapshot(&mut self, leases: Vec<Lease>) -> Vec<VerdictChange> {
+        self.replace(leases, false)
+    }
+
+    /// A lease is new or changed.
+    pub fn upsert(&mut self, lease: Lease) -> Vec<VerdictChange> {
+        let mut run = Run::default();
+        self.put(lease, false, &mut run);
+        self.settle(run)
+    }
+
+    /// A node holds nothing any more.
+    pub fn remove(&mut self, node: &NodeName) -> Vec<VerdictChange> {
+        let mut run = Run::default();
+        self.take(node, &mut run);
+        self.settle(run)
+    }
+
+    /// Every peer's lease with its verdicts, by name.
+    pub fn peers(&self) -> impl Iterator<Item = (&Lease, Option<&Verdict>, Option<&Verdict>)> {
+        self.peers.values().map(|p| {
+            let verdict = |family| p.judged(family).and_then(|j: &Judged| j.verdict.as_ref());
+            (&p.lease, verdict(Family::V4), verdict(Family::V6))
+        })
+    }
+
+    /// The lease of a peer.
+    pub fn lease(&self, node: &NodeName) -> Option<&Lease> {
+        self.peers.get(node).map(|p| &p.lease)
+    }
+
+    /// The verdict on a peer in a family.
+    pub fn verdict(&self, node: &NodeName, family: Family) -> Option<&Verdict> {
+        self.peers.get(node)?.judged(family)?.verdict.as_ref()
+    }
+
+    /// How many nodes hold a lease beside this one.
+    pub fn len(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// Whether no other node holds a lease.
+    pub fn is_empty(&self) -> bool {
+        self.peers.is_empty()
+    }
+
+    fn replace(&mut self, leases: Vec<Lease>, again: bool) -> Vec<VerdictChange> {
+        let mut run = Run::default();
+        let names: BTreeSet<&NodeName> = leases.iter().map(|l| &l.node).collect();
+        let gone: Vec<NodeName> = self.peers.keys().filter(|name| !names.contains(name)).cloned().collect();
+        for name in gone {
+            self.take(&name, &mut run);
+        }
+        for lease in leases {
+            self.put(lease, again, &mut run);
+        }
+        self.settle(run)
+    }
+
+    fn put(&mut self, lease: Lease, again: bool, run: &mut Run) {
+        if lease.node == self.policy.node {
+            return;
+        }
+        if !again && self.peers.get(&lease.node).is_some_and(|p| p.lease == lease) {
+            return;
+        }
+        self.take(&lease.node, run);
+        let rank = (lease.precedence.clone(), lease.node.clone());
+        let mut peer = Peer { lease, v4: None, v6: None };
+        for family in Family::BOTH {
+            let Some(judged) = self.examine(&peer.lease, family) else { continue };
+            let index = self.index_mut(family);
+            if let Ok(subnet) = judged.subnet {
+                index.subnets.entry(Prefix::of(subnet)).or_default().all.insert(rank.clone());
+                for exclusive in judged.exclusive() {
+                    index.exclusive.entry(exclusive.clone()).or_default().all.insert(rank.clone());
+                }
+            }
+            *peer.judged_mut(family) = Some(judged);
+            run.dirty.insert((rank.clone(), family));
+        }
+        self.peers.insert(rank.1, peer);
+    }
+
+    /// Takes a node's claims out; whoever stood behind them is judged again.
+    fn take(&mut self, node: &NodeName, run: &mut Run) {
+        let Some(peer) = self.peers.remove(node) else { return };
+        let rank = (peer.lease.precedence.clone(), node.clone());
+        for family in Family::BOTH {
+            run.dirty.remove(&(rank.clone(), family));
+            let Some(judged) = peer.judged(family) else { continue };
+            run.before.entry((node.clone(), family)).or_insert_with(|| judged.verdict.clone());
+            self.disturb(&rank, judged, family, true, true, run);
+            let index = self.index_mut(family);
+            if let Ok(subnet) = judged.subnet {
+                let prefix = Prefix::of(subnet);
+                if index.subnets.get_mut(&prefix).is_some_and(|claimants| claimants.leave(&rank)) {
+                    index.subnets.remove(&prefix);
+                }
+                for exclusive in judged.exclusive() {
+                    if index.exclusive.get_mut(exclusive).is_some_and(|claimants| claimants.leave(&rank)) {
+                        index.exclusive.remove(exclusive);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Marks the younger claims that meet this one.
+    fn disturb(&self, rank: &Rank, judged: &Judged, family: Family, subnet: bool, endpoint: bool, run: &mut Run) {
+        let index = self.index(family);
+        let Ok(own) = judged.subnet else { return };
+        if subnet {
+            let met = index.overlapping(Prefix::of(own), family).flat_map(|c| c.younger_than(rank));
+            run.dirty.extend(met.map(|r| (r.clone(), family)));
+        }
+        if endpoint {
+            let met = judged.exclusive().filter_map(|e| index.exclusive.get(e)).flat_map(|c| c.younger_than(rank));
+            run.dirty.extend(met.map(|r| (r.clone(), family)));
+        }
+    }
+
+    /// Judges what is marked, oldest first: a verdict rests on older ones alone, so that each is judged once.
+    fn settle(&mut self, mut run: Run) -> Vec<VerdictChange> {
+        while let Some((rank, family)) = run.dirty.pop_first() {
+            let Some(old) = self.peers.get(&rank.1).and_then(|p| p.judged(family)) else { continue };
+            let new = self.judge(&rank, old, family);
+            let subnet_moved = new.holds_subnet != old.holds_subnet;
+            let endpoint_moved = new.holds_endpoint != old.holds_endpoint;
+            run.before.entry((rank.1.clone(), family)).or_insert_with(|| old.verdict.clone());
+            self.disturb(&rank, &new, family, subnet_moved, endpoint_moved, &mut run);
+            self.record(&rank, &new, family);
+            if let Some(peer) = self.peers.get_mut(&rank.1) {
+                *peer.judged_mut(family) = Some(new);
+            }
+        }
+        run.before
+            .into_iter()
+            .filter_map(|((node, family), before)| {
+                let verdict = self.verdict(&node, family).cloned();
+                (verdict != before).then_some(VerdictChange { node, family, verdict })
+            })
+            .collect()
+    }
+
+    /// Notes in the index what a peer holds.
+    fn record(&mut self, rank: &Rank, judged: &Judged, family: Family) {
+        let Ok(subnet) = judged.subnet else { return };
+        let index = self.index_mut(family);
+        if let Some(claimants) = index.subnets.get_mut(&Prefix::of(subnet)) {
+            claimants.hold(rank, judged.holds_subnet);
+        }
+        for exclusive in judged.exclusive() {
+            if let Some(claimants) = index.exclusive.get_mut(exclusive) {
+                claimants.hold(rank, judged.holds_endpoint);
+            }
+        }
+    }
+
+    fn judge(&self, rank: &Rank, claim: &Judged, family: Family) -> Judged {
+        let mut judged = Judged { holds_subnet: false, holds_endpoint: false, verdict: None, ..claim.clone() };
+        let verdict = match self.held(rank, claim, family) {
+            Err(refusal) => Verdict::Refused(refusal),
+            Ok(subnet) => {
+                judged.holds_subnet = true;
+                match &claim.endpoint {
+                    Err(refusal) => Verdict::Refused(refusal.clone()),
+                    Ok(None) => Verdict::Pending,
+                    Ok(Some(reach)) => match self.taken(rank, reach, family) {
+                        Some(refusal) => Verdict::Refused(refusal),
+                        None => {
+                            judged.holds_endpoint = true;
+                            Verdict::Admitted {
+                                backend: reach.backend,
+                                peer: AdmittedPeer { name: rank.1.clone(), subnet, endpoint: reach.endpoint.clone() },
+                            }
+                        }
+                    },
+                }
+            }
+        };
+        judged.verdict = Some(verdict);
+        judged
+    }
+
+    /// The subnet, unless an older peer holds something of it.
+    fn held(&self, rank: &Rank, claim: &Judged, family: Family) -> Result<IpNetwork, Refusal> {
+        let subnet = claim.subnet.clone()?;
+        let older = self
+            .index(family)
+            .overlapping(Prefix::of(subnet), family)
+            .filter_map(|claimants| claimants.older_holder(rank))
+            .min()
+            .and_then(|(_, holder)| Some((holder, self.peers.get(holder)?.lease.subnet(family)?)));
+        match older {
+            Some((holder, other)) => Err(Refusal::OverlapsPeer { subnet, other, holder: holder.clone() }),
+            None => Ok(subnet),
+        }
+    }
+
+    /// What an older peer has of that which only one may have.
+    fn taken(&self, rank: &Rank, reach: &Reach, family: Family) -> Option<Refusal> {
+        reach.exclusive.iter().find_map(|exclusive| {
+            let (_, holder) = self.index(family).exclusive.get(exclusive)?.older_holder(rank)?;
+            let holder = holder.clone();
+            Some(match exclusive {
+                Exclusive::Address(address) => Refusal::AddressTaken { address: *address, holder },
+                Exclusive::Claim(_, claim) => Refusal::ClaimTaken { claim: claim.clone(), holder },
+            })
+        })
+    }
+
+    /// What a lease says in a family, judged by itself. `None`: it says nothing there.
+    fn examine(&self, lease: &Lease, family: Family) -> Option<Judged> {
+        let subnet = lease.subnet(family)?;
+        self.network(family)?;
+        Some(Judged {
+            subnet: self.possible_subnet(subnet, family),
+            endpoint: self.possible_endpoint(lease, family),
+            holds_subnet: false,
+            holds_endpoint: false,
+            verdict: None,
+        })
+    }
+
+    fn possible_subnet(&self, subnet: IpNetwork, family: Family) -> Result<IpNetwork, Refusal> {
+        let network = self.network(family).unwrap_or(subnet);
+        // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
+        if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
+            return Err(Refusal::OutsideNetwork { subnet, network });
+        }
+        if subnet.ip() != subnet.network() {
+            let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
+            return Err(Refusal::HostBits { subnet, canonical });
+        }
+        if subnet.prefix() >= Prefix::width(family) - 1 {
+            return Err(Refusal::TooSmall { subnet });
+        }
+        if let Some(own) = self.own_subnet(family).filter(|own| overlap(*own, subnet)) {
+            return Err(Refusal::OverlapsOwn { subnet, own });
+        }
+        let reserved = self.never_pods.iter().chain(&self.policy.reserved).find(|r| overlap(r.network, subnet));
+        match reserved {
+            Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
+            None => Ok(subnet),
+        }
+    }
+
+    fn possible_endpoint(&self, lease: &Lease, family: Family) -> Result<Option<Reach>, Refusal> {
+        if lease.offers.is_empty() {
+            return Ok(None);
+        }
+        // Our order of preference decides, not the peer's.
+        let common = self.backends.iter().enumerate().find_map(|(i, backend)| {
+            lease.offer(&backend.kind()).and_then(|offer| offer.endpoint(family)).map(|e| (i, backend, e))
+        });
+        let Some((i, backend, endpoint)) = common else {
+            let list = |kinds: Vec<String>| kinds.join(", ");
+            return Err(Refusal::NoCommonBackend {
+                theirs: list(lease.offers.iter().take(8).map(|o| o.backend.to_string()).collect()),
+                ours: list(self.backends.iter().map(|b| b.kind().to_string()).collect()),
+            });
+        };
+        self.possible_address(endpoint.public_ip, family)?;
+        let claims = backend.claims(&endpoint).map_err(|reason| Refusal::BackendData { reason })?;
+        let kind = backend.kind();
+        for claim in &claims {
+            if self.policy.own_claims.contains(&(kind.clone(), family, claim.clone())) {
+                return Err(Refusal::ClaimIsOurs { claim: claim.clone() });
+            }
+        }
+        let mut exclusive = vec![Exclusive::Address(endpoint.public_ip)];
+        exclusive.extend(claims.into_iter().map(|claim| Exclusive::Claim(kind.clone(), claim)));
+        Ok(Some(Reach { backend: i, endpoint, exclusive }))
+    }
+
+    fn possible_address(&self, address: IpAddr, family: Family) -> Result<(), Refusal> {
+        let refuse = |what: &str| Err(Refusal::ImpossibleAddress { address, what: what.to_owned() });
+        if self.policy.own_addresses.contains(&address) {
+            return refuse("this node's own");
+        }
+        if self.network(family).is_some_and(|n| n.contains(address)) {
+            return refuse("inside the cluster network");
+        }
+        match address {
+            IpAddr::V4(a) if a.octets().first() == Some(&0) => refuse("unspecified"),
+            IpAddr::V4(a) if a.is_broadcast() => refuse("the broadcast address"),
+            IpAddr::V4(a) if a.is_link_local() => refuse("link-local"),
+            IpAddr::V6(a) if a.is_unspecified() => refuse("unspecified"),
+            IpAddr::V6(a) if a.is_unicast_link_local() => refuse("link-local"),
+            IpAddr::V6(a) if a.to_ipv4_mapped().is_some() => refuse("an IPv4 address in IPv6 form"),
+            a if a.is_loopback() => refuse("a loopback address"),
+            a if a.is_multicast() => refuse("a multicast address"),
+            _ => Ok(()),
+        }
+    }
+
+    fn network(&self, family: Family) -> Option<IpNetwork> {
+        match family {
+            Family::V4 => self.policy.networks.v4().map(|n| IpNetwork::V4(*n)),
+            Family::V6 => self.policy.networks.v6().map(|n| IpNetwork::V6(*n)),
+        }
+    }
+
+    fn own_subnet(&self, family: Family) -> Option<IpNetwork> {
+        match family {
+            Family::V4 => self.policy.own_subnets.v4().map(|n| IpNetwork::V4(*n)),
+            Family::V6 => self.policy.own_subnets.v6().map(|n| IpNetwork::V6(*n)),
+        }
+    }
+
+    fn index(&self, family: Family) -> &Index {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    fn index_mut(&mut self, family: Family) -> &mut Index {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
+    }
+}
+
+/// One change on its way through the set.
+#[derive(Debug, Default)]
+struct Run {
+    /// To be judged, oldest first.
+    dirty: BTreeSet<(Rank, Family)>,
+    /// The verdicts as they were.
+    before: BTreeMap<(NodeName, Family), Option<Verdict>>,
+}
+
+/// Whether two networks of any family share an address.
+pub(crate) fn overlap(a: IpNetwork, b: IpNetwork) -> bool {
+    match (a, b) {
+        (IpNetwork::V4(a), IpNetwork::V4(b)) => a.contains(b.network()) || b.contains(a.network()),
+        (IpNetwork::V6(a), IpNetwork::V6(b)) => a.contains(b.network()) || b.contains(a.network()),
+        _ => false,
+    }
+}
+
+/// Ranges in which no pod can live, whatever the cluster network (RFC 6890).
+fn never_pods() -> Vec<Reserved> {
+    [
+        ("0.0.0.0/8", "the unspecified network"),
+        ("127.0.0.0/8", "the loopback network"),
+        ("169.254.0.0/16", "the link-local network"),
+        ("224.0.0.0/4", "multicast"),
+        ("255.255.255.255/32", "the broadcast address"),
+        ("::/96", "the unspecified and loopback addresses"),
+        ("::ffff:0:0/96", "IPv4 addresses in IPv6 form"),
+        ("fe80::/10", "the link-local network"),
+        ("ff00::/8", "multicast"),
+    ]
+    .iter()
+    .filter_map(|(network, what)| Some(Reserved { network: network.parse().ok()?, what: (*what).to_owned() }))
+    .collect()
+}

@@ -1,0 +1,771 @@
+//! The engine joins leases, pure parts and drivers. It is the only task that changes the kernel.
+//!
+//! One loop: wait for something (a lease event, a hint from the kernel, a command, a moment), look at the kernel where it
+//! may have moved, work out the difference, apply it, say how things are. It holds no opinion on what is wanted (backends
+//! and masquerade do) and knows no kernel interface (drivers do).
+
+mod apply;
+mod backoff;
+mod command;
+mod control;
+mod report;
+mod wish;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::SelectAll;
+use futures::{FutureExt, StreamExt};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use tokio::sync::{mpsc, watch};
+
+use self::command::Command;
+pub(crate) use self::command::Handle;
+use self::control::{Control, Happened};
+use self::wish::{NoView, View};
+use crate::admission::{Admission, Policy, Reserved, Verdict, VerdictChange};
+use crate::backend::Backend;
+use crate::clock::{Clock, Moment};
+use crate::driver::{Change, ChangeStream, Driver, DriverError, HostView, Scope};
+use crate::lease::LeaseEvent;
+use crate::masquerade::MasqueradePolicy;
+use crate::node::HostSetting;
+use crate::overlay::Shutdown;
+use crate::plan::{
+    Conflict, Desired, Domain, Fit, Key, Link, Object, Picture, Plan, Prune, Step, Sysctl, SysctlName, Unit, diff,
+    diff_units,
+};
+use crate::status::{Counters, PeerState, Report, Status};
+use crate::subnet::{LeaseRequest, SubnetManager};
+use crate::types::{Family, NodeName, Stack};
+use crate::underlay::{self, UnderlayChoice};
+
+/// Hints are collected this long before the kernel is looked at, so that a flush is one look.
+const COLLECT: Duration = Duration::from_millis(20);
+/// A look at the kernel is followed by a rest of this many times its length, so that a storm of hints costs a quarter of
+/// a core at most; the full check rests [`CHECK_REST`] times its length: 0.2 % of a core.
+const HINT_REST: u32 = 3;
+const CHECK_REST: u32 = 500;
+/// How long after a look that failed the next one follows.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How long after a driver's hints ended they are asked for again.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+/// Lease events and hints that are taken in before the kernel is next touched.
+const BURST: usize = 4096;
+
+/// What the embedder decided.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) node: NodeName,
+    pub(crate) manager: Arc<dyn SubnetManager>,
+    pub(crate) backends: Vec<Arc<dyn Backend>>,
+    pub(crate) underlay: UnderlayChoice,
+    pub(crate) reserved: Vec<Reserved>,
+    pub(crate) previous: Option<Stack<Ipv4Network, Ipv6Network>>,
+    pub(crate) adopt: bool,
+    pub(crate) forwarding: HostSetting,
+    pub(crate) bridge_netfilter: HostSetting,
+    pub(crate) check_period: Duration,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+/// Why a unit could not be completed, and when it is tried again.
+#[derive(Debug, Clone)]
+struct Failure {
+    error: DriverError,
+    attempts: u32,
+    retry_at: Moment,
+}
+
+pub(crate) struct Engine {
+    settings: Settings,
+    masquerade: MasqueradePolicy,
+    drivers: Vec<Arc<dyn Driver>>,
+    commands: mpsc::Receiver<Command>,
+    status: watch::Sender<Arc<Status>>,
+    control: Control,
+    scope: Option<Scope>,
+    changes: SelectAll<ChangeStream>,
+    /// When to ask drivers for their hints again, after a stream ended.
+    listen_at: Option<Moment>,
+    host: Option<HostView>,
+    warnings: BTreeMap<Domain, Vec<Conflict>>,
+    view: Option<View>,
+    /// Lease, host or devices changed since the view was made.
+    view_stale: bool,
+    no_view: Option<NoView>,
+    admission: Option<Admission>,
+    /// Leases that came before admission could begin.
+    snapshot: Option<LeaseEvent>,
+    /// The first whole snapshot has been seen: what is not wanted may be deleted.
+    whole: bool,
+    desired: Desired,
+    picture: Picture,
+    /// Peers that are not wanted in the kernel, and why.
+    aside: BTreeMap<(NodeName, Family), PeerState>,
+    failures: BTreeMap<Unit, Failure>,
+    conflicts: BTreeMap<Key, Conflict>,
+    /// Units whose wish changed, with what they wanted before.
+    changed: Vec<(Unit, Vec<Object>)>,
+    /// Everything is to be compared.
+    compare: bool,
+    /// Domains whose picture may be out of date, and when to look.
+    stale: BTreeSet<Domain>,
+    look_at: Moment,
+    check_at: Moment,
+    /// When the last round of work began.
+    round_at: Moment,
+    /// Domains whose last look failed, and why: nothing is changed there.
+    unseen: BTreeMap<Domain, DriverError>,
+    /// When those are tried again.
+    look_again_at: Option<Moment>,
+    /// Settings of the host that this run changed: they stay.
+    settings_made: BTreeMap<SysctlName, String>,
+    /// This node's own objects were all in the kernel once.
+    programmed: bool,
+    running: bool,
+    counters: Counters,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        settings: Settings,
+        masquerade: MasqueradePolicy,
+        drivers: Vec<Arc<dyn Driver>>,
+        commands: mpsc::Receiver<Command>,
+        status: watch::Sender<Arc<Status>>,
+    ) -> Self {
+        let control = Control::new(settings.node.clone(), Arc::clone(&settings.manager), Arc::clone(&settings.clock));
+        let now = settings.clock.now();
+        Engine {
+            masquerade,
+            drivers,
+            commands,
+            status,
+            control,
+            scope: None,
+            changes: SelectAll::new(),
+            listen_at: None,
+            host: None,
+            warnings: BTreeMap::new(),
+            view: None,
+            view_stale: false,
+            no_view: None,
+            admission: None,
+            snapshot: None,
+            whole: false,
+            desired: Desired::new(),
+            picture: Picture::new(),
+            aside: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            conflicts: BTreeMap::new(),
+            changed: Vec::new(),
+            compare: false,
+            stale: BTreeSet::new(),
+            look_at: now,
+            check_at: now,
+            round_at: now,
+            unseen: BTreeMap::new(),
+            look_again_at: None,
+            settings_made: BTreeMap::new(),
+            programmed: false,
+            running: false,
+            counters: Counters::default(),
+            settings,
+        }
+    }
+
+    /// Works until a shutdown.
+    pub(crate) async fn run(mut self) {
+        loop {
+            self.work().await;
+            self.begin_job();
+            self.tell();
+            let Some(wake) = self.wait().await else { continue };
+            if let Command::Shutdown(how, reply) = wake {
+                let report = self.shut_down(how).await;
+                self.running = false;
+                self.tell_stopped();
+                // A caller that went away does not want the report.
+                let _ = reply.send(report);
+                return;
+            }
+            self.answer(wake).await;
+        }
+    }
+
+    /// Waits for the next thing to do. Only commands are handed back; everything else is noted.
+    async fn wait(&mut self) -> Option<Command> {
+        let clock = Arc::clone(&self.settings.clock);
+        let until = self.next_moment();
+        tokio::select! {
+            biased;
+            Some(command) = self.commands.recv() => return Some(command),
+            happened = self.control.next() => self.note(happened),
+            Some(change) = self.changes.next(), if !self.changes.is_empty() => self.hint(change),
+            () = clock.sleep_until(until) => {}
+        }
+        self.take_what_is_ready();
+        None
+    }
+
+    /// Takes in what else has come, so that a burst is one round; neither source can starve the other.
+    fn take_what_is_ready(&mut self) {
+        for _ in 0..BURST {
+            let Some(happened) = self.control.ready_event() else { break };
+            self.note(happened);
+        }
+        for _ in 0..BURST {
+            let Some(change) = self.changes.next().now_or_never().flatten() else { break };
+            self.hint(change);
+        }
+    }
+
+    fn next_moment(&self) -> Moment {
+        let retry = self.failures.values().map(|f| f.retry_at).min();
+        let look = (!self.stale.is_empty()).then_some(self.look_at);
+        let known = self.scope.is_some();
+        let check = known.then_some(self.check_at);
+        // What was due when the last round began has had its turn: if nothing came of it, something else must happen first.
+        [self.control.due(), retry.filter(|_| known), look.filter(|_| known), check, self.listen_at, self.look_again_at]
+            .into_iter()
+            .flatten()
+            .filter(|moment| *moment > self.round_at)
+            .min()
+            .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
+    }
+
+    /// Does everything that is due.
+    async fn work(&mut self) {
+        let now = self.settings.clock.now();
+        self.round_at = now;
+        if self.scope.is_none() {
+            self.open_scope().await;
+        }
+        if self.listen_at.is_some_and(|at| now >= at) {
+            self.listen().await;
+            // What happened while nobody listened.
+            self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+        } else if self.scope.is_some() && self.changes.len() < self.drivers.len() && self.listen_at.is_none() {
+            self.listen_at = Some(now + LISTEN_AGAIN);
+        }
+        let Some(_) = &self.scope else { return };
+        // The kernel may hold something else than the picture, which may be why it refused: a look before the next try.
+        let check = now >= self.check_at || self.failures.values().any(|f| now >= f.retry_at);
+        if check {
+            self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+        }
+        if self.look_again_at.is_some_and(|at| now >= at) {
+            self.stale.extend(self.unseen.keys().cloned());
+        }
+        if !self.stale.is_empty() && (check || now >= self.look_at) {
+            self.look().await;
+        }
+        self.refresh_view();
+        if self.may_touch() {
+            self.converge(false).await;
+        }
+    }
+
+    /// The scope follows from the network; without it nothing can be looked at.
+    async fn open_scope(&mut self) {
+        let Some(network) = &self.control.network else { return };
+        self.scope = Some(wish::scope(&self.settings, network.networks()));
+        self.listen().await;
+        self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+    }
+
+    /// Asks every driver for its hints, before the first look: what changes after the look is not missed.
+    async fn listen(&mut self) {
+        let Some(scope) = &self.scope else { return };
+        self.changes = SelectAll::new();
+        self.listen_at = None;
+        for driver in &self.drivers {
+            match driver.changes(scope).await {
+                Ok(stream) => {
+                    // A stream that ended says so as the last thing it says.
+                    self.changes.push(stream.chain(futures::stream::once(async { Change::Unknown })).boxed());
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the kernel's notifications of {} cannot be heard; checks go on", driver.domain());
+                    self.listen_at = Some(self.settings.clock.now() + self.settings.check_period);
+                }
+            }
+        }
+    }
+
+    /// Looks at the domains that may have moved. The picture of a domain moves as a whole or not at all.
+    async fn look(&mut self) {
+        let Some(scope) = self.scope.clone() else { return };
+        let begun = self.settings.clock.now();
+        for driver in self.drivers.clone() {
+            let domain = driver.domain();
+            if !self.stale.contains(&domain) {
+                continue;
+            }
+            match driver.observe(&scope).await {
+                Ok(observed) => {
+                    self.stale.remove(&domain);
+                    self.unseen.remove(&domain);
+                    self.picture.observe(&domain, observed.objects, observed.conflicts);
+                    self.warnings.insert(domain, observed.warnings);
+                    if let Some(host) = observed.host {
+                        self.host = Some(host);
+                    }
+                }
+                Err(error) => {
+                    self.stale.remove(&domain);
+                    if self.unseen.get(&domain) != Some(&error) {
+                        tracing::warn!(%error, %domain, "the kernel could not be read; it is tried again");
+                    }
+                    self.unseen.insert(domain, error);
+                }
+            }
+        }
+        let now = self.settings.clock.now();
+        let took = now.saturating_sub(begun);
+        self.counters.checks += 1;
+        self.counters.last_check = took;
+        let spread = 0.9
+            + 0.2
+                * backoff::fraction(
+                    u32::try_from(self.counters.checks & 0xffff).unwrap_or(0),
+                    self.settings.node.as_str(),
+                );
+        self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
+        self.look_at = now + took * HINT_REST;
+        self.look_again_at = (!self.unseen.is_empty()).then_some(now + LOOK_AGAIN);
+        self.view_stale = true;
+        self.compare = true;
+    }
+
+    /// A hint: look again unless it says what the picture shows already, as the echo of our own steps does.
+    fn hint(&mut self, change: Change) {
+        let domains: Vec<Domain> = match change {
+            Change::Present(object) => {
+                let key = object.key();
+                let known = self.picture.get(&key).is_some_and(|(is, _)| match (is, &object) {
+                    (Object::Link(a), Object::Link(b)) => b.fit(a) == Fit::Same,
+                    (a, b) => a == b,
+                });
+                if known { vec![] } else { vec![key.domain()] }
+            }
+            Change::Gone(key) if self.picture.get(&key).is_none() => vec![],
+            Change::Gone(key) => vec![key.domain()],
+            Change::Device(_) | Change::Host => vec![Domain::Netlink],
+            Change::Domain(domain) => vec![domain],
+            Change::Unknown => self.drivers.iter().map(|d| d.domain()).collect(),
+        };
+        if domains.is_empty() {
+            return;
+        }
+        if self.stale.is_empty() {
+            self.look_at = self.look_at.max(self.settings.clock.now() + COLLECT);
+        }
+        self.stale.extend(domains);
+    }
+
+    fn note(&mut self, happened: Happened) {
+        match happened {
+            Happened::Network | Happened::Lease | Happened::Published => self.view_stale = true,
+            Happened::Watching | Happened::Trouble => {}
+            Happened::Peers(event) => {
+                self.counters.events += 1;
+                self.peers(event);
+            }
+        }
+    }
+
+    fn peers(&mut self, event: LeaseEvent) {
+        let Some(admission) = &mut self.admission else {
+            // The set must be whole before anything is judged; until this node is known, events are folded into it.
+            fold(&mut self.snapshot, event);
+            return;
+        };
+        let verdicts = match event {
+            LeaseEvent::Snapshot(leases) => {
+                self.whole = true;
+                self.compare = true;
+                admission.snapshot(leases)
+            }
+            LeaseEvent::Upsert(lease) => admission.upsert(lease),
+            LeaseEvent::Remove(node) => admission.remove(&node),
+            LeaseEvent::Own(_) => Vec::new(),
+        };
+        self.judge(verdicts);
+    }
+
+    /// Takes verdicts over into the wish.
+    fn judge(&mut self, verdicts: Vec<VerdictChange>) {
+        for VerdictChange { node, family, verdict } in verdicts {
+            self.want_peer(node, family, verdict);
+        }
+    }
+
+    fn want_peer(&mut self, node: NodeName, family: Family, verdict: Option<Verdict>) {
+        let unit = Unit::Peer(node.clone(), family);
+        let (objects, aside) = match verdict {
+            None => (Vec::new(), None),
+            Some(Verdict::Pending) => (Vec::new(), Some(PeerState::Pending)),
+            Some(Verdict::Refused(refusal)) => {
+                tracing::warn!(peer = %node, %family, %refusal, "a peer is kept out");
+                (Vec::new(), Some(PeerState::Refused(refusal)))
+            }
+            Some(Verdict::Admitted { backend, peer }) => {
+                let way =
+                    self.view.as_ref().and_then(|v| v.nodes.get(backend)).zip(self.settings.backends.get(backend));
+                match way.map(|(view, backend)| backend.peer(view, &peer)) {
+                    Some(Ok(objects)) => (objects, None),
+                    Some(Err(unreachable)) => (Vec::new(), Some(PeerState::Unreachable { reason: unreachable.reason })),
+                    None => (Vec::new(), Some(PeerState::Pending)),
+                }
+            }
+        };
+        match aside {
+            Some(state) => self.aside.insert((node, family), state),
+            None => self.aside.remove(&(node, family)),
+        };
+        self.want(unit, objects);
+    }
+
+    fn want(&mut self, unit: Unit, objects: Vec<Object>) {
+        if self.desired.unit(&unit) == objects {
+            return;
+        }
+        let before = self.desired.set(unit.clone(), objects);
+        self.changed.push((unit, before));
+    }
+
+    /// Brings the view of this node, and all that follows from it, up to date with lease, host and devices.
+    fn refresh_view(&mut self) {
+        if !std::mem::take(&mut self.view_stale) {
+            return;
+        }
+        let (Some(network), Some(host), Some(lease)) = (&self.control.network, &self.host, &self.control.lease) else {
+            return;
+        };
+        let devices: Vec<Link> = self
+            .scope
+            .iter()
+            .flat_map(|scope| &scope.devices)
+            .filter_map(|device| match self.picture.get(&Key::Link(device.clone())) {
+                Some((Object::Link(link), _)) => Some(link.clone()),
+                _ => None,
+            })
+            .collect();
+        match wish::view(&self.settings, network.networks(), lease, host, &devices) {
+            Ok(view) => {
+                self.no_view = None;
+                self.adopt_view(view);
+            }
+            // What is in the kernel stays: an underlay that is away for a moment comes back to a network that stands.
+            Err(error) => {
+                if self.no_view.as_ref() != Some(&error) {
+                    tracing::warn!(%error, "this node cannot take part now");
+                }
+                self.no_view = Some(error);
+            }
+        }
+    }
+
+    fn adopt_view(&mut self, view: View) {
+        let same = self
+            .view
+            .as_ref()
+            .is_some_and(|old| old.nodes == view.nodes && old.blocking == view.blocking && old.policy == view.policy);
+        if same {
+            return;
+        }
+        let nodes_changed = self.view.as_ref().is_none_or(|old| old.nodes != view.nodes);
+        let policy = view.policy.clone();
+        tracing::debug!(underlay = %view.underlay.device, mtu = %view.pod_mtu, "this node's view changed");
+        self.view = Some(view);
+        self.want_node();
+        self.set_policy(policy);
+        if nodes_changed {
+            self.want_all_peers();
+        }
+        self.compare = true;
+    }
+
+    fn want_node(&mut self) {
+        let Some(view) = &self.view else { return };
+        match wish::node_units(&self.settings, &self.masquerade, view) {
+            Ok(units) => {
+                for (unit, objects) in units {
+                    self.want(unit, objects);
+                }
+            }
+            Err(error) => self.no_view = Some(NoView::Backend(error)),
+        }
+    }
+
+    fn set_policy(&mut self, policy: Policy) {
+        match &mut self.admission {
+            Some(admission) => {
+                let verdicts = admission.set_policy(policy);
+                self.judge(verdicts);
+            }
+            None => {
+                self.admission = Some(Admission::new(policy, self.settings.backends.clone()));
+                if let Some(event) = self.snapshot.take() {
+                    self.peers(event);
+                }
+            }
+        }
+    }
+
+    /// Every peer again: what a backend wants of it may depend on this node.
+    fn want_all_peers(&mut self) {
+        let Some(admission) = &self.admission else { return };
+        let verdicts: Vec<(NodeName, Family, Option<Verdict>)> = admission
+            .peers()
+            .flat_map(|(lease, v4, v6)| {
+                [(lease.node.clone(), Family::V4, v4.cloned()), (lease.node.clone(), Family::V6, v6.cloned())]
+            })
+            .filter(|(.., verdict)| matches!(verdict, Some(Verdict::Admitted { .. })))
+            .collect();
+        for (node, family, verdict) in verdicts {
+            self.want_peer(node, family, verdict);
+        }
+    }
+
+    /// Nothing is changed before this node and the whole set of leases are known.
+    fn may_touch(&self) -> bool {
+        self.whole && self.view.is_some() && self.counters.checks > 0
+    }
+
+    /// This node's devices are in the kernel as peers are told: nothing of them failed, and nothing of others is in the way.
+    fn stands(&self) -> bool {
+        let ground = |unit: &Unit| matches!(unit, Unit::Node(_));
+        !self.unseen.contains_key(&Domain::Netlink)
+            && self.view.as_ref().is_some_and(|v| v.blocking.is_empty())
+            && !self.failures.keys().any(ground)
+            && !self.conflicts.keys().any(|key| self.desired.owner(key).is_some_and(ground))
+    }
+
+    /// The difference as it is now. With `compare` of everything, else of the units that changed.
+    fn difference(&mut self) -> Option<Plan> {
+        let changed = std::mem::take(&mut self.changed);
+        let plan = if std::mem::take(&mut self.compare) {
+            let plan = diff(&self.desired, &self.picture, if self.whole { Prune::Yes } else { Prune::No });
+            self.conflicts = plan.conflicts.iter().map(|c| (c.object.clone(), c.clone())).collect();
+            let planned: BTreeSet<&Unit> = plan.units.iter().map(|u| &u.unit).collect();
+            self.failures.retain(|unit, _| planned.contains(unit));
+            plan
+        } else if changed.is_empty() {
+            return None;
+        } else {
+            let plan = diff_units(&self.desired, &self.picture, &changed);
+            self.conflicts.retain(|key, _| self.desired.owner(key).is_some());
+            self.conflicts.extend(plan.conflicts.iter().map(|c| (c.object.clone(), c.clone())));
+            let planned: BTreeSet<&Unit> = plan.units.iter().map(|u| &u.unit).collect();
+            for (unit, _) in &changed {
+                if !planned.contains(unit) {
+                    self.failures.remove(unit);
+                }
+            }
+            plan
+        };
+        Some(plan)
+    }
+
+    /// Makes the kernel as it should be. Units that wait for another try are left out unless `forced`.
+    async fn converge(&mut self, forced: bool) -> Report {
+        let news = !self.changed.is_empty() || !self.programmed;
+        let Some(mut plan) = self.difference() else { return Report::default() };
+        let now = self.settings.clock.now();
+        self.leave_blocked(&mut plan);
+        self.leave_unseen(&mut plan);
+        if !forced {
+            plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
+        }
+        self.leave_groundless(&mut plan);
+        if !plan.is_empty() && !news && self.failures.is_empty() {
+            let steps = plan.steps().count();
+            self.counters.repaired += u64::try_from(steps).unwrap_or(0);
+            let first = plan.steps().next().map(Step::to_string).unwrap_or_default();
+            tracing::info!(steps, first, "something changed the kernel behind our back: repairing");
+        }
+        let report = self.apply(plan).await;
+        if self.stands() {
+            self.programmed = true;
+            self.running = true;
+        }
+        report
+    }
+
+    /// Takes out of a plan what must not be touched because the host itself uses those networks.
+    fn leave_blocked(&self, plan: &mut Plan) {
+        let Some(view) = self.view.as_ref().filter(|v| !v.blocking.is_empty()) else { return };
+        plan.units.retain(|u| match &u.unit {
+            Unit::Host(family) | Unit::Node(family) | Unit::Firewall(family) | Unit::Peer(_, family) => {
+                !view.is_blocked(*family)
+            }
+            Unit::Leftover(_) => false,
+        });
+        plan.conflicts.extend(view.blocking.iter().map(|(_, c)| c.clone()));
+    }
+
+    /// Takes out of a plan what would be done blindly: in a domain that could not be read.
+    fn leave_unseen(&self, plan: &mut Plan) {
+        if !self.unseen.is_empty() {
+            plan.units.retain(|u| !u.steps.iter().any(|step| self.unseen.contains_key(&step.key().domain())));
+        }
+    }
+
+    /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
+    fn leave_groundless(&self, plan: &mut Plan) {
+        let waiting: Vec<Family> = Family::BOTH
+            .into_iter()
+            .filter(|family| {
+                let ground = Unit::Node(*family);
+                self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground)
+            })
+            .collect();
+        plan.units.retain(|u| !matches!(&u.unit, Unit::Peer(_, family) if waiting.contains(family)));
+    }
+
+    async fn apply(&mut self, plan: Plan) -> Report {
+        let mut report = Report { conflicts: plan.conflicts, ..Report::default() };
+        if plan.units.is_empty() {
+            return report;
+        }
+        for applied in apply::apply(&self.drivers, plan.units).await {
+            for step in applied.plan.steps.iter().take(applied.done) {
+                self.picture.acknowledge(step);
+                if let Some(Object::Sysctl(sysctl)) = step.outcome() {
+                    self.settings_made.insert(sysctl.name.clone(), sysctl.value.clone());
+                }
+                report.steps += 1;
+                if report.done.len() < 1000 {
+                    report.done.push(step.to_string());
+                }
+            }
+            self.counters.steps += u64::try_from(applied.done).unwrap_or(0);
+            self.view_stale |= matches!(applied.plan.unit, Unit::Node(_));
+            let unit = applied.plan.unit;
+            match applied.failed {
+                None => {
+                    self.failures.remove(&unit);
+                }
+                Some(error) => {
+                    self.counters.failures += 1;
+                    report.failed.push((unit.clone(), error.to_string()));
+                    self.fail(unit, error);
+                }
+            }
+        }
+        report
+    }
+
+    fn fail(&mut self, unit: Unit, error: DriverError) {
+        let now = self.settings.clock.now();
+        let attempts = self.failures.get(&unit).map_or(0, |f| f.attempts).saturating_add(1);
+        if attempts == 1 {
+            tracing::warn!(%unit, %error, "the kernel refused a step; it is tried again");
+        }
+        let wait = if error.is_retryable() { attempts } else { u32::MAX };
+        let retry_at = now + backoff::wait(wait, &format!("{}/{unit}", self.settings.node));
+
+        self.failures.insert(unit, Failure { error, attempts, retry_at });
+    }
+
+    /// Starts a job with the store when one is due: the kernel first, the announcement after.
+    fn begin_job(&mut self) {
+        let request = self.lease_request();
+        let ready = self.programmed && self.no_view.is_none() && self.stands();
+        let offers = self.view.as_ref().filter(|_| ready).map(View::offers);
+        self.control.begin(request, offers);
+    }
+
+    fn lease_request(&mut self) -> Option<LeaseRequest> {
+        let (network, host) = (self.control.network.as_ref()?, self.host.as_ref()?);
+        let families: Vec<Family> = network.networks().families().collect();
+        match underlay::choose(host, &self.settings.underlay, &families) {
+            Ok((underlay, why)) => {
+                if self.view.is_none() && self.control.lease.is_none() {
+                    tracing::debug!(device = %underlay.device, why, "underlay");
+                }
+                if self.control.lease.is_none() {
+                    self.no_view = None;
+                }
+                Some(LeaseRequest {
+                    node: self.settings.node.clone(),
+                    underlay: underlay.addresses,
+                    previous: self.view.as_ref().map(|v| v.policy.own_subnets).or(self.settings.previous),
+                })
+            }
+            Err(error) => {
+                self.no_view = Some(NoView::Underlay(error));
+                None
+            }
+        }
+    }
+
+    /// The sysctls as they were last seen.
+    fn observed_sysctls(&self) -> Vec<Sysctl> {
+        let names = self.scope.iter().flat_map(|s| &s.sysctls);
+        names
+            .filter_map(|name| match self.picture.get(&Key::Sysctl(name.clone())) {
+                Some((Object::Sysctl(sysctl), _)) => Some(sysctl.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Looks at everything now.
+    async fn look_at_all(&mut self) -> Result<(), crate::Error> {
+        self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+        self.look().await;
+        self.unseen.values().next().cloned().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    async fn shut_down(&mut self, how: Shutdown) -> Result<Report, crate::Error> {
+        if how == Shutdown::Keep {
+            return Ok(Report::default());
+        }
+        // Peers first: they stop sending before the way is gone.
+        let released = if how == Shutdown::Leave { self.control.release().await } else { Ok(()) };
+        let mut report = self.remove_state().await?;
+        report.kept_settings = self.settings_made.iter().map(|(name, value)| format!("{name} = {value}")).collect();
+        released?;
+        Ok(report)
+    }
+
+    /// Plans towards nothing, and looks again: what is still there is reported.
+    async fn remove_state(&mut self) -> Result<Report, crate::Error> {
+        if self.scope.is_none() {
+            return Ok(Report::default());
+        }
+        self.desired = Desired::new();
+        self.changed.clear();
+        self.failures.clear();
+        self.aside.clear();
+        self.look_at_all().await?;
+        let plan = diff(&self.desired, &self.picture, Prune::Yes);
+        let mut report = self.apply(plan).await;
+        self.look_at_all().await?;
+        let refused: BTreeSet<Unit> = report.failed.iter().map(|(unit, _)| unit.clone()).collect();
+        for left in diff(&self.desired, &self.picture, Prune::Yes).units {
+            if !refused.contains(&left.unit) {
+                report.failed.push((left.unit, "it is still there".to_owned()));
+            }
+        }
+        Ok(report)
+    }
+}
+
+/// Adds an event to what is known before admission begins: always a whole snapshot, or nothing.
+fn fold(known: &mut Option<LeaseEvent>, event: LeaseEvent) {
+    match (known, event) {
+        (known, event @ LeaseEvent::Snapshot(_)) => *known = Some(event),
+        (Some(LeaseEvent::Snapshot(leases)), LeaseEvent::Upsert(lease)) => {
+            leases.retain(|l| l.node != lease.node);
+            leases.push(lease);
+        }
+        (Some(LeaseEvent::Snapshot(leases)), LeaseEvent::Remove(node)) => leases.retain(|l| l.node != node),
+        _ => {}
+    }
+}

@@ -1,0 +1,245 @@
+//! Says how things are: the engine's state as a [`Status`], published only when it changed.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::{Engine, wish};
+use crate::admission::Verdict;
+use crate::error::Error;
+use crate::lease::Lease;
+use crate::plan::Unit;
+use crate::status::{
+    Condition, ConditionKind, ConditionState, PeerCounts, PeerFamily, PeerState, PeerStatus, Phase, Status,
+};
+use crate::types::{Family, NodeName};
+
+/// How many peers in trouble a status names.
+const NAMED: usize = 32;
+
+impl Engine {
+    /// What is missing before the kernel may be touched.
+    pub(super) fn not_ready(&self) -> Option<Error> {
+        let waiting = [self.lease_condition(), self.underlay_condition(), self.peers_condition()]
+            .into_iter()
+            .find(|c| c.state != ConditionState::Met)
+            .filter(|_| !self.may_touch());
+        match waiting {
+            Some(condition) => Some(Error::NotReady { reason: condition.message }),
+            None if self.may_touch() => None,
+            None => Some(Error::NotReady { reason: "the kernel has not been read yet".to_owned() }),
+        }
+    }
+
+    /// Publishes the status if it is another one.
+    pub(super) fn tell(&self) {
+        let status = self.status_now(if self.running { Phase::Running } else { Phase::Starting });
+        self.status.send_if_modified(|old| {
+            let changed = **old != status;
+            if changed {
+                *old = Arc::new(status);
+            }
+            changed
+        });
+    }
+
+    pub(super) fn tell_stopped(&self) {
+        self.status.send_replace(Arc::new(self.status_now(Phase::Stopped)));
+    }
+
+    fn status_now(&self, phase: Phase) -> Status {
+        let mut conflicts: Vec<_> = self.conflicts.values().cloned().collect();
+        conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
+        let mut warnings: Vec<_> = self.warnings.values().flatten().cloned().collect();
+        if let Some(view) = &self.view {
+            warnings.extend(wish::missing_settings(&self.settings, view, &self.observed_sysctls()));
+        }
+        let troubled = self.troubled();
+        Status {
+            node: self.settings.node.clone(),
+            phase,
+            subnets: self.control.lease.as_ref().map(|l| l.subnets),
+            networks: self.control.network.as_ref().map(|n| n.networks()),
+            pod_mtu: self.view.as_ref().map(|v| v.pod_mtu),
+            conditions: vec![
+                self.lease_condition(),
+                self.underlay_condition(),
+                self.peers_condition(),
+                self.kernel_condition(),
+                self.published_condition(),
+            ],
+            peers: self.count(&troubled),
+            troubled: self.name(&troubled),
+            conflicts,
+            warnings,
+            counters: self.counters,
+        }
+    }
+
+    fn lease_condition(&self) -> Condition {
+        let kind = ConditionKind::Lease;
+        match (&self.control.lease, &self.control.trouble) {
+            (Some(lease), None) => met(kind, subnets(lease)),
+            (Some(lease), Some(trouble)) => {
+                met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease)))
+            }
+            (None, Some(trouble)) => failed(kind, trouble.to_string()),
+            (None, None) => waiting(kind, "asking the store of leases"),
+        }
+    }
+
+    fn underlay_condition(&self) -> Condition {
+        let kind = ConditionKind::Underlay;
+        match (&self.no_view, &self.view) {
+            (Some(error), _) => failed(kind, error.to_string()),
+            (None, Some(view)) => {
+                let u = &view.underlay;
+                let addresses: Vec<String> =
+                    view.families.iter().filter_map(|f| u.address(*f)).map(|a| a.to_string()).collect();
+                met(kind, format!("{} {} mtu {}", u.device, addresses.join(" "), u.mtu))
+            }
+            (None, None) => waiting(kind, "needs this node's lease first"),
+        }
+    }
+
+    fn peers_condition(&self) -> Condition {
+        let kind = ConditionKind::Peers;
+        let known = self.admission.as_ref().map_or(0, crate::admission::Admission::len);
+        match (self.whole, self.control.is_watching(), &self.control.trouble) {
+            (true, true, _) => met(kind, format!("{known} peers known")),
+            (true, false, trouble) => {
+                let why = trouble.as_ref().map(|t| format!(" ({t})")).unwrap_or_default();
+                met(kind, format!("{known} peers known; the store is not being watched now{why}"))
+            }
+            (false, _, Some(trouble)) => failed(kind, trouble.to_string()),
+            (false, _, None) => waiting(kind, "waiting for the first whole snapshot of leases"),
+        }
+    }
+
+    fn kernel_condition(&self) -> Condition {
+        let kind = ConditionKind::Kernel;
+        if let Some(error) = self.unseen.values().next() {
+            return failed(kind, error.to_string());
+        }
+        if let Some((_, conflict)) = self.view.iter().flat_map(|v| &v.blocking).next() {
+            return failed(kind, conflict.to_string());
+        }
+        let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Firewall(_));
+        if let Some((unit, failure)) = self.failures.iter().find(|(unit, _)| own(unit)) {
+            return failed(kind, format!("{unit}: {}", failure.error));
+        }
+        let stops_us = self.conflicts.values().find(|c| self.desired.owner(&c.object).is_none_or(own));
+        match stops_us {
+            Some(conflict) => failed(kind, conflict.to_string()),
+            None if self.programmed => met(kind, format!("{} objects in place", self.desired.len())),
+            None => waiting(kind, "needs this node and its peers to be known first"),
+        }
+    }
+
+    fn published_condition(&self) -> Condition {
+        let kind = ConditionKind::Published;
+        let (Some(lease), Some(view)) = (&self.control.lease, &self.view) else {
+            return waiting(kind, "needs this node's lease first");
+        };
+        let offers = view.offers();
+        if lease.offers == offers {
+            let kinds: Vec<&str> = offers.iter().map(|o| o.backend.as_str()).collect();
+            return met(kind, format!("peers know how to reach this node: {}", kinds.join(", ")));
+        }
+        match &self.control.trouble {
+            Some(trouble) => failed(kind, trouble.to_string()),
+            None => waiting(kind, "the kernel comes first"),
+        }
+    }
+
+    /// Every peer that does not work in some family.
+    fn troubled(&self) -> BTreeSet<&NodeName> {
+        let failing =
+            self.failures.keys().filter_map(|unit| if let Unit::Peer(node, _) = unit { Some(node) } else { None });
+        let kept_out = self.conflicts.keys().filter_map(|key| match self.desired.owner(key)? {
+            Unit::Peer(node, _) => Some(node),
+            _ => None,
+        });
+        self.aside.keys().map(|(node, _)| node).chain(failing).chain(kept_out).collect()
+    }
+
+    fn count(&self, troubled: &BTreeSet<&NodeName>) -> PeerCounts {
+        let total = self.admission.as_ref().map_or(0, crate::admission::Admission::len);
+        let mut counts = PeerCounts { total, ..PeerCounts::default() };
+        for node in troubled {
+            let states: Vec<PeerState> = Family::BOTH.iter().filter_map(|f| self.trouble_of(node, *f)).collect();
+            let has = |pick: fn(&PeerState) -> bool| states.iter().any(pick);
+            if has(|s| matches!(s, PeerState::Failing { .. })) {
+                counts.failing += 1;
+            } else if has(|s| matches!(s, PeerState::Refused(_))) {
+                counts.refused += 1;
+            } else if has(|s| matches!(s, PeerState::Unreachable { .. })) {
+                counts.unreachable += 1;
+            } else {
+                counts.pending += 1;
+            }
+        }
+        let blocked = self.view.as_ref().is_none_or(|v| !v.blocking.is_empty());
+        if self.programmed && !blocked {
+            counts.connected = total.saturating_sub(troubled.len());
+        }
+        counts
+    }
+
+    fn name(&self, troubled: &BTreeSet<&NodeName>) -> Vec<PeerStatus> {
+        let Some(admission) = &self.admission else { return Vec::new() };
+        troubled.iter().take(NAMED).filter_map(|node| self.peer_status(admission.lease(node)?)).collect()
+    }
+
+    pub(super) fn peer_list(&self) -> Vec<PeerStatus> {
+        let Some(admission) = &self.admission else { return Vec::new() };
+        admission.peers().filter_map(|(lease, ..)| self.peer_status(lease)).collect()
+    }
+
+    fn peer_status(&self, lease: &Lease) -> Option<PeerStatus> {
+        let admission = self.admission.as_ref()?;
+        let families = Family::BOTH
+            .into_iter()
+            .filter_map(|family| {
+                let subnet = lease.subnet(family)?;
+                let verdict = admission.verdict(&lease.node, family)?;
+                let state = self.trouble_of(&lease.node, family).or_else(|| self.connected(verdict));
+                Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
+            })
+            .collect();
+        Some(PeerStatus { node: lease.node.clone(), precedence: lease.precedence.clone(), families })
+    }
+
+    fn connected(&self, verdict: &Verdict) -> Option<PeerState> {
+        self.way(verdict).map(|(backend, address)| PeerState::Connected { backend, address })
+    }
+
+    fn trouble_of(&self, node: &NodeName, family: Family) -> Option<PeerState> {
+        let unit = Unit::Peer(node.clone(), family);
+        if let Some(failure) = self.failures.get(&unit) {
+            return Some(PeerState::Failing { error: failure.error.to_string(), attempts: failure.attempts });
+        }
+        if let Some(state) = self.aside.get(&(node.clone(), family)) {
+            return Some(state.clone());
+        }
+        let keys = self.desired.unit(&unit).iter().map(crate::plan::Object::key);
+        let conflict = keys.filter(|_| !self.conflicts.is_empty()).find_map(|key| self.conflicts.get(&key).cloned());
+        conflict.map(|c| PeerState::Failing { error: c.to_string(), attempts: 0 })
+    }
+}
+
+fn subnets(lease: &Lease) -> String {
+    let list: Vec<String> = Family::BOTH.iter().filter_map(|f| lease.subnet(*f)).map(|n| n.to_string()).collect();
+    list.join(" ")
+}
+
+fn met(kind: ConditionKind, message: impl Into<String>) -> Condition {
+    Condition { kind, state: ConditionState::Met, message: message.into() }
+}
+
+fn waiting(kind: ConditionKind, message: impl Into<String>) -> Condition {
+    Condition { kind, state: ConditionState::Waiting, message: message.into() }
+}
+
+fn failed(kind: ConditionKind, message: impl Into<String>) -> Condition {
+    Condition { kind, state: ConditionState::Failed, message: message.into() }
+}

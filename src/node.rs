@@ -1,0 +1,352 @@
+//! [`Node`]: the overlay there is, and its builder. Building checks everything and touches nothing; starting opens sockets
+//! and hands out an [`Overlay`] and a [`Runner`] that the embedder spawns.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use tokio::sync::{mpsc, watch};
+
+use crate::admission::Reserved;
+use crate::backend::Backend;
+use crate::clock::{Clock, SystemClock};
+use crate::driver::netlink::NetlinkDriver;
+use crate::driver::nftables::NftablesDriver;
+use crate::driver::sysctl::SysctlDriver;
+use crate::driver::{Driver, DriverError, NetworkNamespace};
+use crate::engine::{Engine, Handle, Settings};
+use crate::error::Error;
+use crate::masquerade::MasqueradePolicy;
+use crate::overlay::Overlay;
+use crate::plan::Domain;
+use crate::status::{Counters, PeerCounts, Phase, Status};
+use crate::subnet::SubnetManager;
+use crate::types::{Family, NodeName, Stack};
+use crate::underlay::UnderlayChoice;
+
+/// The name of the abstract unix socket that keeps a second overlay out of a network namespace. The kernel frees it with
+/// the process that holds it, however that ends.
+const LOCK: &str = "podnet/overlay";
+/// Questions that may wait for the engine; more wait in their callers.
+const QUEUE: usize = 16;
+/// The shortest period of the full check (invariant 13).
+const SHORTEST_CHECK: Duration = Duration::from_secs(10);
+
+/// What is done about a setting of the host (`/proc/sys`) that pods need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HostSetting {
+    /// Set it, and set it again when somebody unsets it. It stays set after a shutdown, which names it.
+    Set,
+    /// Say so in the status when it is not as needed.
+    Report,
+    /// Do not look.
+    Ignore,
+}
+
+/// A pod network node, ready to start.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use podnet::Node;
+/// use podnet::config::NetworkConfig;
+/// use podnet::subnet::memory::MemorySubnets;
+/// use podnet::types::Stack;
+///
+/// let network = NetworkConfig::new(Stack::V4("10.42.0.0/16".parse()?))?;
+/// let subnets = MemorySubnets::assigned(network);
+/// let problem = Node::builder("two words", subnets).build().unwrap_err();
+/// assert!(problem.to_string().contains("two words"), "every problem is named: {problem}");
+/// assert!(problem.to_string().contains("backend"));
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Node {
+    settings: Settings,
+    masquerade: MasqueradePolicy,
+    namespace: NetworkNamespace,
+    drivers: Vec<Arc<dyn Driver>>,
+}
+
+/// The options of a [`Node`]. Each has a default but the backend.
+///
+/// | option | default |
+/// |---|---|
+/// | [`backend`](Self::backend) | none: at least one must be given |
+/// | [`masquerade`](Self::masquerade) | [`MasqueradePolicy::default`] |
+/// | [`underlay`](Self::underlay) | [`UnderlayChoice::Automatic`] |
+/// | [`network_namespace`](Self::network_namespace) | the one of the thread that calls `start` |
+/// | [`reserve`](Self::reserve) | nothing beside what the host itself shows |
+/// | [`adopt_flannel`](Self::adopt_flannel) | yes |
+/// | [`ip_forward`](Self::ip_forward) | [`HostSetting::Set`] |
+/// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
+/// | [`check_period`](Self::check_period) | 10 s |
+#[derive(Debug)]
+#[must_use = "a builder does nothing until `build`"]
+pub struct NodeBuilder {
+    name: String,
+    manager: Arc<dyn SubnetManager>,
+    backends: Vec<Arc<dyn Backend>>,
+    masquerade: MasqueradePolicy,
+    underlay: UnderlayChoice,
+    namespace: NetworkNamespace,
+    drivers: Vec<Arc<dyn Driver>>,
+    reserved: Vec<Reserved>,
+    previous: Option<Stack<Ipv4Network, Ipv6Network>>,
+    adopt: bool,
+    forwarding: HostSetting,
+    bridge_netfilter: HostSetting,
+    check_period: Duration,
+    clock: Arc<dyn Clock>,
+}
+
+impl Node {
+    /// Begins a node of this name with this store of leases.
+    pub fn builder(name: impl Into<String>, subnets: impl SubnetManager) -> NodeBuilder {
+        NodeBuilder {
+            name: name.into(),
+            manager: Arc::new(subnets),
+            backends: Vec::new(),
+            masquerade: MasqueradePolicy::default(),
+            underlay: UnderlayChoice::Automatic,
+            namespace: NetworkNamespace::Current,
+            drivers: Vec::new(),
+            reserved: Vec::new(),
+            previous: None,
+            adopt: true,
+            forwarding: HostSetting::Set,
+            bridge_netfilter: HostSetting::Report,
+            check_period: SHORTEST_CHECK,
+            clock: Arc::new(SystemClock::new()),
+        }
+    }
+
+    /// Opens what the overlay needs in the kernel and hands it out. Nothing is changed before the runner is polled.
+    ///
+    /// The lease, the underlay and everything else that may come late is the runner's work: it waits, tries again, and the
+    /// status says for what. Must be called inside a tokio runtime with time and I/O enabled.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AlreadyRunning`] when another overlay works in the namespace; [`Error::Driver`] when the namespace or a
+    /// socket cannot be opened.
+    pub async fn start(self) -> Result<(Arc<dyn Overlay>, Runner), Error> {
+        let given: BTreeSet<Domain> = self.drivers.iter().map(|d| d.domain()).collect();
+        // Who brings a kernel of his own has no namespace to share.
+        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
+        let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
+        if !given.contains(&Domain::Sysctl) {
+            drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
+        }
+        if !given.contains(&Domain::Netlink) {
+            drivers.push(Arc::new(NetlinkDriver::open(&self.namespace)?));
+        }
+        if !given.contains(&Domain::Firewall) {
+            drivers.push(Arc::new(NftablesDriver::open(&self.namespace)?));
+        }
+        drivers.extend(self.drivers);
+        drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver()));
+        let (commands, queue) = mpsc::channel(QUEUE);
+        let (status, watcher) = watch::channel(Arc::new(starting(&self.settings.node)));
+        let engine = Engine::new(self.settings, self.masquerade, drivers, queue, status);
+        let work = async move {
+            engine.run().await;
+            drop(lock);
+        };
+        Ok((Arc::new(Handle::new(commands, watcher)), Runner { work: Box::pin(work) }))
+    }
+}
+
+/// The work of an overlay: a future that the embedder spawns, and that returns after a shutdown.
+///
+/// Dropping it stops the work at the next await and leaves the network as it is; the handle then answers
+/// [`Error::Stopped`].
+#[must_use = "the overlay does nothing until its runner is spawned or awaited"]
+pub struct Runner {
+    work: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl fmt::Debug for Runner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runner").finish_non_exhaustive()
+    }
+}
+
+impl Future for Runner {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.work.as_mut().poll(cx)
+    }
+}
+
+impl NodeBuilder {
+    /// Adds a backend. Of several, the first that a peer offers too reaches that peer.
+    pub fn backend(mut self, backend: impl Backend) -> Self {
+        self.backends.push(Arc::new(backend));
+        self
+    }
+
+    /// Sets what is masqueraded and which forwarded packets are accepted.
+    pub fn masquerade(mut self, policy: MasqueradePolicy) -> Self {
+        self.masquerade = policy;
+        self
+    }
+
+    /// Sets how the underlay is found.
+    pub fn underlay(mut self, choice: UnderlayChoice) -> Self {
+        self.underlay = choice;
+        self
+    }
+
+    /// Sets the network namespace to work in.
+    pub fn network_namespace(mut self, namespace: NetworkNamespace) -> Self {
+        self.namespace = namespace;
+        self
+    }
+
+    /// Uses this driver for its domain instead of the built-in one: a fake kernel in tests, another firewall.
+    pub fn driver(mut self, driver: impl Driver) -> Self {
+        self.drivers.push(Arc::new(driver));
+        self
+    }
+
+    /// Keeps every peer out whose subnet meets this range: the service network, say. `what` is for the status.
+    pub fn reserve(mut self, network: IpNetwork, what: impl Into<String>) -> Self {
+        self.reserved.push(Reserved { network, what: what.into() });
+        self
+    }
+
+    /// The subnets that this node had before, which an allocating store gives again where it can.
+    pub fn previous_subnets(mut self, subnets: Stack<Ipv4Network, Ipv6Network>) -> Self {
+        self.previous = Some(subnets);
+        self
+    }
+
+    /// Whether devices, routes and tables that flannel left are taken over (see `docs/ownership.md`), or left alone and
+    /// reported as conflicts.
+    pub fn adopt_flannel(mut self, adopt: bool) -> Self {
+        self.adopt = adopt;
+        self
+    }
+
+    /// What is done about `net.ipv4.ip_forward` and `net.ipv6.conf.all.forwarding`.
+    pub fn ip_forward(mut self, setting: HostSetting) -> Self {
+        self.forwarding = setting;
+        self
+    }
+
+    /// What is done about `net.bridge.bridge-nf-call-iptables` and its IPv6 twin, which service addresses need.
+    pub fn bridge_netfilter(mut self, setting: HostSetting) -> Self {
+        self.bridge_netfilter = setting;
+        self
+    }
+
+    /// How often the kernel is compared as a whole: at least 10 s. Longer where a comparison takes more than 0.2 % of that.
+    pub fn check_period(mut self, period: Duration) -> Self {
+        self.check_period = period;
+        self
+    }
+
+    /// Uses another clock, for tests.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Checks everything and touches nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Build`] with every problem, one sentence each.
+    pub fn build(self) -> Result<Node, Error> {
+        let mut problems = Vec::new();
+        let name = self.name.parse::<NodeName>().map_err(|e| problems.push(e.to_string())).ok();
+        if self.backends.is_empty() {
+            problems.push("no backend is given: at least one is needed".to_owned());
+        }
+        let mut kinds = BTreeSet::new();
+        let mut devices = BTreeSet::new();
+        for backend in &self.backends {
+            if !kinds.insert(backend.kind()) {
+                problems.push(format!("the backend {} is given twice: one of a kind is allowed", backend.kind()));
+            }
+            for device in backend.devices(&Family::BOTH) {
+                if !devices.insert(device.clone()) {
+                    problems.push(format!("two backends want the device {device}: one may have it"));
+                }
+            }
+        }
+        if self.check_period < SHORTEST_CHECK {
+            problems.push(format!("a check period of {:?} is too short: 10 s or more are allowed", self.check_period));
+        }
+        let mut domains = BTreeSet::new();
+        for domain in self
+            .drivers
+            .iter()
+            .map(|d| d.domain())
+            .chain(self.backends.iter().filter_map(|b| b.driver()).map(|d| d.domain()))
+        {
+            if !domains.insert(domain.clone()) {
+                problems.push(format!("two drivers are given for the domain {domain}: one is allowed"));
+            }
+        }
+        // Where only the host opens sockets, nothing under /proc/sys can be set: what is missing is reported.
+        let reachable = !matches!(self.namespace, NetworkNamespace::Sockets(_));
+        let possible = |setting| if setting == HostSetting::Set && !reachable { HostSetting::Report } else { setting };
+        let Some(node) = name.filter(|_| problems.is_empty()) else {
+            return Err(Error::Build { problems });
+        };
+        Ok(Node {
+            settings: Settings {
+                node,
+                manager: self.manager,
+                backends: self.backends,
+                underlay: self.underlay,
+                reserved: self.reserved,
+                previous: self.previous,
+                adopt: self.adopt,
+                forwarding: possible(self.forwarding),
+                bridge_netfilter: possible(self.bridge_netfilter),
+                check_period: self.check_period,
+                clock: self.clock,
+            },
+            masquerade: self.masquerade,
+            namespace: self.namespace,
+            drivers: self.drivers,
+        })
+    }
+}
+
+/// Takes the lock of a namespace; it is held as long as the socket is open.
+fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
+    namespace.abstract_socket(LOCK).map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => Error::AlreadyRunning { lock: format!("@{LOCK}") },
+        _ => Error::Driver(DriverError::Io {
+            attempted: "open a socket in the network namespace".to_owned(),
+            reason: e.to_string(),
+        }),
+    })
+}
+
+fn starting(node: &NodeName) -> Status {
+    Status {
+        node: node.clone(),
+        phase: Phase::Starting,
+        subnets: None,
+        networks: None,
+        pod_mtu: None,
+        conditions: Vec::new(),
+        peers: PeerCounts::default(),
+        troubled: Vec::new(),
+        conflicts: Vec::new(),
+        warnings: Vec::new(),
+        counters: Counters::default(),
+    }
+}
