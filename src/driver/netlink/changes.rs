@@ -68,8 +68,7 @@ pub(super) async fn listen(
     if let Err(error) = socket.add_membership(RTNLGRP_NEXTHOP) {
         tracing::debug!(%error, "this kernel does not tell of nexthop objects");
     }
-    let requester =
-        Requester::open(namespace, NETLINK_ROUTE).map_err(failed("open a netlink socket"))?;
+    let requester = Requester::open(namespace, NETLINK_ROUTE).map_err(failed("open a netlink socket"))?;
     let socket = watch(socket).map_err(failed("wait for netlink events"))?;
     let mut ear = Ear { scope: scope.clone(), own, requester, names: Names::default(), remotes: HashMap::new() };
     ear.learn().await?;
@@ -295,6 +294,10 @@ impl Ear {
             hints.host = true;
             return;
         };
+        if message.kind == number::RTM_DELADDR {
+            // With the last address of a family the kernel drops the device's routes and neighbours in it.
+            hints.devices.insert(device.clone());
+        }
         if !observe::inside(address, &self.scope) {
             return;
         }

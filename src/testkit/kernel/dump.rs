@@ -42,8 +42,13 @@ fn lines(
         out.extend(remotes.iter().map(|r| format!("fdb {mac} dst {r} dev {name}")));
     }
     out.extend(state.routes.values().flatten().filter(|r| route(r)).map(route_line));
+    out.extend(state.flannel_tables.iter().map(|family| format!("table {family} of flannel")));
     for (family, t) in state.tables.iter().filter(|(f, _)| table(**f)) {
-        out.push(format!("table {family}{} {:?}", if t.marked { "" } else { " unmarked" }, t.rules));
+        out.push(format!(
+            "table {family}{} {}",
+            if t.marked { "" } else { " unmarked" },
+            t.rules.to_string().trim_end()
+        ));
     }
     out.extend(state.sysctls.iter().filter(|(n, _)| sysctl(n)).map(|(n, v)| format!("sysctl {n} = {v}")));
     out.into_iter().fold(String::new(), |text, line| text + &line + "\n")
@@ -70,6 +75,9 @@ pub(super) fn link_line(name: &DeviceName, link: &LinkState) -> String {
     line += &format!(" mtu {} {}", link.mtu, if link.up { "up" } else { "down" });
     if !link.carrier {
         line += " no-carrier";
+    }
+    if link.unfinished {
+        line += " unfinished";
     }
     if let Some(alias) = &link.alias {
         line += &format!(" alias {alias}");

@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use super::Inner;
 use super::driver::{Failure, Port, absent_is_fine, failure, in_the_way};
 use crate::driver::{ChangeStream, Driver, DriverError, Observed, Scope, UnitResult};
+use crate::masquerade::Ruleset;
 use crate::plan::{Conflict, Domain, Key, Object, Owner, Step, UnitPlan};
 use crate::types::Family;
 
@@ -21,14 +22,17 @@ impl Driver for FakeFirewall {
         Domain::Firewall
     }
 
-    async fn observe(&self, _scope: &Scope) -> Result<Observed, DriverError> {
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
         self.port
             .with(|inner| {
                 inner.faults.observing(&Domain::Firewall)?;
                 let mut observed = Observed::default();
                 for (family, table) in &inner.state.tables {
+                    let flannel = scope.adopt && inner.state.flannel_tables.contains(family);
                     if table.marked {
-                        observed.objects.push((Object::Ruleset(table.rules.clone()), Owner::Ours));
+                        let (chains, odd) = (table.rules.chains().to_vec(), table.rules.unrecognised().to_vec());
+                        let rules = Ruleset::observed(*family, chains, odd, flannel);
+                        observed.objects.push((Object::Ruleset(rules), Owner::Ours));
                     } else {
                         observed.conflicts.push(Conflict {
                             object: Key::Ruleset(*family),
@@ -37,7 +41,13 @@ impl Driver for FakeFirewall {
                         });
                     }
                 }
-                observed.conflicts.extend(inner.state.warnings.values().flatten().cloned());
+                for family in &inner.state.flannel_tables {
+                    if scope.adopt && !inner.state.tables.contains_key(family) {
+                        let nothing = Ruleset::observed(*family, Vec::new(), Vec::new(), true);
+                        observed.objects.push((Object::Ruleset(nothing), Owner::Adoptable));
+                    }
+                }
+                observed.warnings.extend(inner.state.warnings.values().flatten().cloned());
                 Ok(observed)
             })
             .await
@@ -69,9 +79,22 @@ fn step(inner: &mut Inner, step: &Step) -> Result<(), Failure> {
         Some(_) if foreign => Err(in_the_way(step, foreign_table(family), ADVICE)),
         None if foreign => Ok(()),
         Some(rules) => inner
-            .write(&key, format!("nft replace table, {family}"), |s| s.table_put(rules.clone(), true))
+            .write(&key, format!("nft replace table, {family}"), |s| {
+                if matches!(step, Step::Replace { from: Object::Ruleset(r), .. } if r.takes_flannel_away()) {
+                    s.flannel_table(family, false);
+                }
+                s.table_put(rules.clone(), true)
+            })
             .map_err(|stop| failure(step, stop)),
-        None => absent_is_fine(inner.write(&key, format!("nft delete table, {family}"), |s| s.table_del(family)))
-            .map_err(|stop| failure(step, stop)),
+        None => {
+            let flannel = matches!(step, Step::Delete(Object::Ruleset(r)) if r.takes_flannel_away());
+            let deleted = inner.write(&key, format!("nft delete table, {family}"), |s| {
+                if flannel {
+                    s.flannel_table(family, false);
+                }
+                s.table_del(family)
+            });
+            absent_is_fine(deleted).map_err(|stop| failure(step, stop))
+        }
     }
 }

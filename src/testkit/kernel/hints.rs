@@ -9,8 +9,8 @@ use std::task::{Poll, Waker};
 use futures::StreamExt;
 use futures::stream::poll_fn;
 
-use super::ownership::{inside, is_adoptable, overlaps};
-use super::state::{Event, KernelRoute, PROTOCOL_OURS};
+use super::ownership::{inside, matters};
+use super::state::{Event, KernelRoute, PROTOCOL_OURS, Told};
 use crate::driver::{Change, ChangeStream, Scope};
 use crate::plan::{Address, Domain, Fdb, Key, Neighbour, Object};
 
@@ -96,7 +96,9 @@ impl Listener {
     /// The hints that a driver would make of an event.
     pub(super) fn hints(&self, event: &Event) -> Vec<Change> {
         match (&self.domain, event) {
-            (Domain::Firewall, Event::Table(_)) => vec![Change::Unknown],
+            (Domain::Firewall, Event::Table(family, true)) => vec![Change::Gone(Key::Ruleset(*family))],
+            (Domain::Firewall, Event::Table(_, false)) => vec![Change::Domain(Domain::Firewall)],
+            (Domain::Sysctl, Event::Forwarding) => vec![Change::Domain(Domain::Sysctl)],
             (Domain::Netlink, event) => self.netlink_hints(event),
             _ => Vec::new(),
         }
@@ -109,8 +111,7 @@ impl Listener {
         };
         match event {
             Event::Link(name) if ours(name) => vec![Change::Device(name.clone())],
-            // Routes of ours may lead over it, and of IPv4 ones that went with it nothing is told.
-            Event::Link(name) => vec![Change::Host, Change::Device(name.clone())],
+            Event::Link(_) => vec![Change::Host],
             Event::Address(device, address, present) if ours(device) => {
                 if !inside(&self.scope, *address) {
                     return Vec::new();
@@ -121,31 +122,34 @@ impl Listener {
             Event::Neighbour(device, address, mac, present) if ours(device) => {
                 there(Object::Neighbour(Neighbour { device: device.clone(), address: *address, mac: *mac }), present)
             }
-            Event::Fdb(device, mac, remote, present) if ours(device) => {
-                there(Object::Fdb(Fdb { device: device.clone(), mac: *mac, remote: *remote }), present)
+            Event::Fdb(device, mac, remote, told) if ours(device) => {
+                let entry = Object::Fdb(Fdb { device: device.clone(), mac: *mac, remote: *remote });
+                let mut hints = there(entry, &(*told != Told::Gone));
+                if *told == Told::Replaced {
+                    // Of the remote before nothing is told.
+                    hints.push(Change::Device(device.clone()));
+                }
+                hints
             }
-            Event::Route(route, present) => self.route_hints(route, *present),
-            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(_) => Vec::new(),
+            Event::Route(route, told) => self.route_hints(route, *told),
+            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(..) | Event::Forwarding => Vec::new(),
         }
     }
 
-    fn route_hints(&self, route: &KernelRoute, present: bool) -> Vec<Change> {
+    fn route_hints(&self, route: &KernelRoute, told: Told) -> Vec<Change> {
         let key = Key::Route(route.destination, route.metric);
-        if route.protocol == PROTOCOL_OURS || is_adoptable(&self.scope, route) {
+        if route.protocol == PROTOCOL_OURS {
+            let present = told != Told::Gone;
             return vec![if present { Change::Present(Object::Route(route.plain())) } else { Change::Gone(key) }];
         }
-        let default = route.destination.prefix() == 0;
-        if inside(&self.scope, route.destination) {
-            // It may have replaced one of ours (the kernel sends no deletion then), or made room for one.
-            vec![Change::Gone(key), Change::Host]
-        } else if default || overlaps(&self.scope, route.destination) || is_connected(route) {
-            vec![Change::Host]
-        } else {
-            Vec::new()
+        let mut hints = Vec::new();
+        if told == Told::Replaced && inside(&self.scope, route.destination) {
+            // It may have taken the place of ours.
+            hints.push(Change::Gone(key));
         }
+        if matters(&self.scope, route) {
+            hints.push(Change::Host);
+        }
+        hints
     }
-}
-
-fn is_connected(route: &KernelRoute) -> bool {
-    route.protocol == super::state::PROTOCOL_KERNEL
 }

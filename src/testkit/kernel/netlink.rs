@@ -5,7 +5,7 @@ use async_trait::async_trait;
 
 use super::driver::{Failure, Port, absent_is_fine, failure, in_the_way, refused};
 use super::dump::{link_line, route_line};
-use super::ownership::{has_legacy_marks, inside, is_adoptable, link_owner, overlaps};
+use super::ownership::{has_legacy_marks, inside, is_adoptable, link_owner, matters, over_our_device};
 use super::state::{ALIAS_OURS, KernelRoute, LinkState, PROTOCOL_KERNEL, PROTOCOL_OURS, RouteMode, State};
 use super::{Inner, Stop};
 use crate::driver::{
@@ -63,10 +63,15 @@ fn observe(state: &State, scope: &Scope) -> Observed {
             }),
         }
     }
-    for route in state.routes.values().flatten() {
+    // Of several routes of one destination and metric the kernel uses the first.
+    for route in state.routes.values().filter_map(|list| list.first()) {
+        if route.protocol == PROTOCOL_KERNEL && over_our_device(state, scope, route) {
+            // It goes with an address of ours.
+            continue;
+        }
         if route.protocol == PROTOCOL_OURS {
             found.objects.push((Object::Route(route.plain()), Owner::Ours));
-        } else if is_adoptable(scope, route) {
+        } else if is_adoptable(state, scope, route) {
             found.objects.push((Object::Route(route.plain()), Owner::Adoptable));
         } else if inside(scope, route.destination) {
             found.conflicts.push(Conflict {
@@ -135,9 +140,8 @@ fn host_view(state: &State, scope: &Scope) -> HostView {
         })
     });
     let routes = state.routes.values().flatten().filter(|route| {
-        let of_interest =
-            route.destination.prefix() == 0 || route.protocol == PROTOCOL_KERNEL || overlaps(scope, route.destination);
-        of_interest && route.protocol != PROTOCOL_OURS && !is_adoptable(scope, route)
+        let connected = route.protocol == PROTOCOL_KERNEL && over_our_device(state, scope, route);
+        matters(scope, route) && route.protocol != PROTOCOL_OURS && !connected && !is_adoptable(state, scope, route)
     });
     let routes = routes.map(|route| HostRoute {
         destination: route.destination,
@@ -185,7 +189,11 @@ fn request(
 
 fn link_create(inner: &mut Inner, step: &Step, to: &Link) -> Result<(), Failure> {
     let name = &to.name;
-    match inner.write(&step.key(), format!("ip link add {to}"), |s| s.vxlan_add(to)) {
+    let added = inner.write(&step.key(), format!("ip link add {to}"), |s| {
+        s.vxlan_add(to)?;
+        s.link_set_unfinished(name)
+    });
+    match added {
         Ok(()) => {}
         Err(Stop::Refused(Errno::EXIST)) => return link_exists(&inner.state, step, to),
         Err(stop) => return Err(failure(step, stop)),
@@ -242,18 +250,36 @@ fn link_alter(inner: &mut Inner, step: &Step, to: &Link) -> Result<(), Failure> 
     if is.vxlan.is_none() || !(is.is_ours() || is.alias.is_none()) {
         return Err(in_the_way(step, link_line(name, &is), "delete or rename that device"));
     }
-    if is.vxlan.as_ref() != Some(wanted) {
-        request(inner, step, format!("ip link set {to}"), |s| s.vxlan_alter(name, wanted))?;
+    if !is.is_ours() {
+        mark_link(inner, step, name)?;
+    }
+    // One attribute a request, so that a refusal names it; the lower device first, since it sets what MTU is possible.
+    let mut now = is.vxlan.clone().unwrap_or_else(|| wanted.clone());
+    if wanted.underlay.is_some() && now.underlay != wanted.underlay {
+        now.underlay.clone_from(&wanted.underlay);
+        request(inner, step, format!("ip link set {name} type vxlan dev {:?}", now.underlay), |s| {
+            s.vxlan_alter(name, &now)
+        })?;
+    }
+    if now.local != wanted.local {
+        now.local = wanted.local;
+        request(inner, step, format!("ip link set {name} type vxlan local {}", now.local), |s| {
+            s.vxlan_alter(name, &now)
+        })?;
+    }
+    if now.learning != wanted.learning {
+        now.learning = wanted.learning;
+        request(inner, step, format!("ip link set {name} type vxlan learning {}", now.learning), |s| {
+            s.vxlan_alter(name, &now)
+        })?;
     }
     if is.mac != to.mac {
         request(inner, step, format!("ip link set {name} address {}", to.mac), |s| s.link_set_mac(name, to.mac))?;
     }
+    // A new lower device may have cut it.
     let mtu = inner.state.links.get(name).map(|l| l.mtu);
     if mtu != Some(to.mtu.bytes()) {
         request(inner, step, format!("ip link set {name} mtu {}", to.mtu), |s| s.link_set_mtu(name, to.mtu.bytes()))?;
-    }
-    if !is.is_ours() {
-        mark_link(inner, step, name)?;
     }
     if let Some(on) = to.tx_checksum_offload.filter(|on| *on != is.tx_checksum_offload) {
         let word = if on { "on" } else { "off" };
@@ -343,7 +369,10 @@ fn put_route(inner: &mut Inner, step: &Step, from: Option<&Route>, to: &Route) -
         (Err(Stop::Refused(Errno::EXIST)), Some(there)) if there.protocol != PROTOCOL_OURS => {
             Err(in_the_way(step, route_line(&there), advice))
         }
-        (Err(Stop::Refused(Errno::EXIST)), _) => Err(exists(step)),
+        // Ours and different, or gone meanwhile: a replacement makes it so.
+        (Err(Stop::Refused(Errno::EXIST)), _) => {
+            request(inner, step, format!("ip route replace {to}"), |s| s.route_put(&wanted, RouteMode::Replace))
+        }
         (Err(stop), _) => Err(failure(step, stop)),
     }
 }
@@ -353,10 +382,10 @@ fn delete(inner: &mut Inner, step: &Step, object: &Object) -> Result<(), Failure
     let key = step.key();
     let result = match object {
         Object::Link(o) => {
-            // An unmarked one is flannel's if it is a VXLAN device; anything else is somebody's: ours is absent.
+            // An unmarked one is flannel's if it is a VXLAN device; anything else is somebody's.
             let there = inner.state.links.get(&o.name);
-            if there.is_some_and(|l| !l.is_ours() && (l.vxlan.is_none() || l.alias.is_some())) {
-                return Ok(());
+            if let Some(foreign) = there.filter(|l| !l.is_ours() && (l.vxlan.is_none() || l.alias.is_some())) {
+                return Err(in_the_way(step, link_line(&o.name, foreign), "delete or rename that device"));
             }
             inner.write(&key, format!("ip link del {}", o.name), |s| s.link_del(&o.name))
         }

@@ -2,9 +2,9 @@
 
 use ipnetwork::IpNetwork;
 
-use super::state::{KernelRoute, LinkState, PROTOCOL_BOOT};
+use super::state::{KernelRoute, LinkState, PROTOCOL_BOOT, PROTOCOL_KERNEL, State};
 use crate::driver::Scope;
-use crate::plan::{NextHop, Owner, Route};
+use crate::plan::{Owner, Route};
 use crate::types::Family;
 
 /// Whether a network lies wholly inside a cluster network.
@@ -24,9 +24,14 @@ pub(super) fn overlaps(scope: &Scope, network: IpNetwork) -> bool {
         }
 }
 
+/// Whether a route of others is part of the host's view.
+pub(super) fn matters(scope: &Scope, route: &KernelRoute) -> bool {
+    route.destination.prefix() == 0 || route.protocol == PROTOCOL_KERNEL || overlaps(scope, route.destination)
+}
+
 /// Whether a route is flannel's by the written rule of adoption.
-pub(super) fn is_adoptable(scope: &Scope, route: &KernelRoute) -> bool {
-    scope.adopt && has_legacy_marks(route) && inside(scope, route.destination) && over_our_device(scope, route)
+pub(super) fn is_adoptable(state: &State, scope: &Scope, route: &KernelRoute) -> bool {
+    scope.adopt && has_legacy_marks(route) && inside(scope, route.destination) && over_our_device(state, scope, route)
 }
 
 /// The part of that rule which a route bears itself.
@@ -34,15 +39,17 @@ pub(super) fn has_legacy_marks(route: &KernelRoute) -> bool {
     route.protocol == PROTOCOL_BOOT && route.metric == Route::default_metric(Family::of(route.destination.ip()))
 }
 
-fn over_our_device(scope: &Scope, route: &KernelRoute) -> bool {
-    !matches!(route.next, NextHop::Blackhole) && route.next.device().is_some_and(|d| scope.devices.contains(d))
+/// Whether a route leads over a device that is ours or to be ours.
+pub(super) fn over_our_device(state: &State, scope: &Scope, route: &KernelRoute) -> bool {
+    let link = route.next.device().filter(|d| scope.devices.contains(d)).and_then(|d| state.links.get(d));
+    link.is_some_and(|link| link_owner(scope, link).is_some())
 }
 
 /// Whose a link is that bears a name of ours; `None`: somebody else's, in the way.
 pub(super) fn link_owner(scope: &Scope, link: &LinkState) -> Option<Owner> {
     if link.is_ours() {
         Some(Owner::Ours)
-    } else if link.vxlan.is_some() && link.alias.is_none() && scope.adopt {
+    } else if link.vxlan.is_some() && link.alias.is_none() && (scope.adopt || link.unfinished) {
         Some(Owner::Adoptable)
     } else {
         None

@@ -104,6 +104,8 @@ pub(super) struct LinkState {
     pub(super) up: bool,
     pub(super) carrier: bool,
     pub(super) alias: Option<String>,
+    /// Made by us and not marked yet: the real driver says so by the device group.
+    pub(super) unfinished: bool,
     pub(super) loopback: bool,
     pub(super) tx_checksum_offload: bool,
 }
@@ -132,15 +134,25 @@ pub(super) enum Event {
     Link(DeviceName),
     Address(DeviceName, IpNetwork, bool),
     Neighbour(DeviceName, IpAddr, MacAddr, bool),
-    Fdb(DeviceName, MacAddr, IpAddr, bool),
-    Route(KernelRoute, bool),
-    Table(Family),
+    Fdb(DeviceName, MacAddr, IpAddr, Told),
+    Route(KernelRoute, Told),
+    /// The table of a family, and whether it was deleted; or something that firewall drivers watch beside it.
+    Table(Family, bool),
+    /// Forwarding of a family was switched.
+    Forwarding,
 }
 
-/// An event and whether it is the request's own echo: the real driver filters those by its port id. What a request
-/// drags along comes from the kernel itself (port id 0).
-pub(super) type Told = (Event, Echo);
+/// What a message says of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    New,
+    /// New, in the place of another value (`NLM_F_REPLACE`); the other one is not mentioned.
+    Replaced,
+    Gone,
+}
 
+/// Whether an event is the request's own echo: the real driver filters those by its port id. What a request drags along
+/// comes from the kernel itself (port id 0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Echo {
     Yes,
@@ -160,13 +172,14 @@ pub(super) struct State {
     /// Several of one destination and metric can stand behind each other; the first is used.
     pub(super) routes: BTreeMap<(IpNetwork, u32), Vec<KernelRoute>>,
     pub(super) tables: BTreeMap<Family, Table>,
+    pub(super) flannel_tables: BTreeSet<Family>,
     pub(super) warnings: BTreeMap<Family, Vec<Conflict>>,
     pub(super) sysctls: BTreeMap<SysctlName, String>,
-    events: Vec<Told>,
+    events: Vec<(Event, Echo)>,
 }
 
 impl State {
-    pub(super) fn take_events(&mut self) -> Vec<Told> {
+    pub(super) fn take_events(&mut self) -> Vec<(Event, Echo)> {
         std::mem::take(&mut self.events)
     }
 
@@ -198,6 +211,7 @@ impl State {
             up: false,
             carrier: true,
             alias: None,
+            unfinished: false,
             loopback: kind == "loopback",
             tx_checksum_offload: true,
         })
@@ -242,6 +256,7 @@ impl State {
             up: false,
             carrier: true,
             alias: None,
+            unfinished: false,
             loopback: false,
             tx_checksum_offload: link.tx_checksum_offload.unwrap_or(true),
         })
@@ -304,7 +319,7 @@ impl State {
         let entries: Vec<_> = self.fdb.keys().filter(|(device, _)| device == name).cloned().collect();
         for key in entries {
             for remote in self.fdb.remove(&key).unwrap_or_default() {
-                self.tell(Event::Fdb(name.clone(), key.1, remote, false));
+                self.tell(Event::Fdb(name.clone(), key.1, remote, Told::Gone));
             }
         }
         self.links.remove(name);
@@ -395,8 +410,17 @@ impl State {
         Ok(())
     }
 
+    /// Says with the creating message that the device is ours although its alias, which needs another, is not there yet.
+    pub(super) fn link_set_unfinished(&mut self, name: &DeviceName) -> Answer {
+        self.link_mut(name)?.unfinished = true;
+        Ok(())
+    }
+
+    /// The alias; the device group is the default one then.
     pub(super) fn link_set_alias(&mut self, name: &DeviceName, alias: Option<&str>) -> Answer {
-        self.link_mut(name)?.alias = alias.map(str::to_owned);
+        let link = self.link_mut(name)?;
+        link.alias = alias.map(str::to_owned);
+        link.unfinished = false;
         self.echo(Event::Link(name.clone()));
         Ok(())
     }
@@ -442,7 +466,7 @@ impl State {
         let count = gone.len();
         if told {
             for route in gone {
-                self.tell(Event::Route(route, false));
+                self.tell(Event::Route(route, Told::Gone));
             }
         }
         count
@@ -532,7 +556,7 @@ impl State {
             let list = self.routes.entry((route.destination, route.metric)).or_default();
             if !list.contains(&route) {
                 list.push(route.clone());
-                self.tell(Event::Route(route, true));
+                self.tell(Event::Route(route, Told::New));
             }
         }
     }
@@ -605,11 +629,13 @@ impl State {
         if !list.is_empty() && !mac.is_usable() {
             return Err(Errno::OPNOTSUPP);
         }
-        let moved = list.first() != Some(&remote);
+        let told = match list.first() {
+            Some(before) if *before == remote => return Ok(()),
+            Some(_) => Told::Replaced,
+            None => Told::New,
+        };
         *list = vec![remote];
-        if moved {
-            self.echo(Event::Fdb(name.clone(), mac, remote, true));
-        }
+        self.echo(Event::Fdb(name.clone(), mac, remote, told));
         Ok(())
     }
 
@@ -622,7 +648,7 @@ impl State {
             return Ok(());
         }
         list.push(remote);
-        self.echo(Event::Fdb(name.clone(), mac, remote, true));
+        self.echo(Event::Fdb(name.clone(), mac, remote, Told::New));
         Ok(())
     }
 
@@ -640,7 +666,7 @@ impl State {
             self.fdb.remove(&key);
         }
         for remote in gone {
-            self.echo(Event::Fdb(name.clone(), mac, remote, false));
+            self.echo(Event::Fdb(name.clone(), mac, remote, Told::Gone));
         }
         Ok(())
     }
@@ -661,6 +687,7 @@ impl State {
             Family::V6 => self.check_next_v6(&route)?,
         }
         let list = self.routes.entry((route.destination, route.metric)).or_default();
+        let mut told = Told::New;
         match mode {
             RouteMode::Exclusive if !list.is_empty() => return Err(Errno::EXIST),
             RouteMode::Replace if !list.is_empty() => {
@@ -678,11 +705,12 @@ impl State {
                 if let Some(slot) = list.get_mut(place) {
                     *slot = route.clone();
                 }
+                told = Told::Replaced;
             }
             RouteMode::Append if list.contains(&route) => return Err(Errno::EXIST),
             _ => list.push(route.clone()),
         }
-        self.echo(Event::Route(route, true));
+        self.echo(Event::Route(route, told));
         Ok(())
     }
 
@@ -790,7 +818,7 @@ impl State {
         if let Some(key) = empty {
             self.routes.remove(&key);
         }
-        self.echo(Event::Route(route, false));
+        self.echo(Event::Route(route, Told::Gone));
         Ok(())
     }
 
@@ -804,29 +832,43 @@ impl State {
     pub(super) fn table_put(&mut self, rules: Ruleset, marked: bool) -> Answer {
         let family = rules.family;
         self.tables.insert(family, Table { rules, marked });
-        self.echo(Event::Table(family));
+        self.echo(Event::Table(family, false));
         Ok(())
     }
 
     pub(super) fn table_del(&mut self, family: Family) -> Answer {
         self.tables.remove(&family).ok_or(Errno::NOENT)?;
-        self.echo(Event::Table(family));
+        self.echo(Event::Table(family, true));
         Ok(())
     }
 
     pub(super) fn table_alter(&mut self, family: Family, alter: impl FnOnce(&mut Ruleset)) -> Answer {
         alter(&mut self.tables.get_mut(&family).ok_or(Errno::NOENT)?.rules);
-        self.echo(Event::Table(family));
+        self.echo(Event::Table(family, false));
         Ok(())
     }
 
     pub(super) fn warn(&mut self, family: Family, warnings: Vec<Conflict>) {
         self.warnings.insert(family, warnings);
-        self.echo(Event::Table(family));
+        self.echo(Event::Table(family, false));
+    }
+
+    /// Flannel's own table, beside which ours is put.
+    pub(super) fn flannel_table(&mut self, family: Family, there: bool) {
+        if there {
+            self.flannel_tables.insert(family);
+        } else {
+            self.flannel_tables.remove(&family);
+        }
+        self.echo(Event::Table(family, false));
     }
 
     pub(super) fn sysctl_set(&mut self, name: &SysctlName, value: &str) -> Answer {
         *self.sysctls.get_mut(name).ok_or(Errno::NOENT)? = value.to_owned();
+        // RTM_NEWNETCONF tells of forwarding, and of nothing else that podnet looks at.
+        if Family::BOTH.iter().any(|family| *name == SysctlName::forwarding(*family)) {
+            self.echo(Event::Forwarding);
+        }
         Ok(())
     }
 

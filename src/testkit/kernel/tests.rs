@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 
 use super::*;
 use crate::driver::{ChangeStream, DriverError, Observed, Scope, UnitResult};
-use crate::masquerade::Ruleset;
+use crate::masquerade::MasqueradePolicy;
 use crate::plan::{
     Address, Conflict, Desired, Domain, Fdb, Link, LinkKind, Neighbour, Object, Owner, Picture, Prune, Route, Step,
     Sysctl, Unit, UnitPlan, Vxlan, diff,
@@ -367,8 +367,10 @@ async fn creating_what_is_there_with_the_wanted_value_is_success_and_with_anothe
     for object in node().into_iter().chain(peer(2)).chain(peer6()) {
         one(&kernel, Step::Create(object)).await.unwrap();
     }
-    let other = Object::Route(route("10.42.2.0/24", "10.42.3.0"));
+    let other = Object::Link(Link { mac: mac(7), ..flannel() });
     assert!(matches!(one(&kernel, Step::Create(other)).await, Err(DriverError::Refused { errno: Errno::EXIST, .. })));
+    one(&kernel, Step::Create(Object::Route(route("10.42.2.0/24", "10.42.3.0")))).await.unwrap();
+    assert!(has(&kernel, "route 10.42.2.0/24 via 10.42.3.0"), "a route of ours is made so");
 }
 
 // ---- whose is what ----
@@ -405,7 +407,8 @@ async fn a_foreign_device_of_our_name_is_a_conflict_and_nothing_on_it_is_ours() 
     for object in node().into_iter().chain(peer(2)) {
         let error = one(&kernel, Step::Create(object.clone())).await.unwrap_err();
         assert!(!matches!(object, Object::Link(_)) || matches!(error, DriverError::InTheWay { .. }), "{error}");
-        one(&kernel, Step::Delete(object)).await.unwrap();
+        let deleted = one(&kernel, Step::Delete(object.clone())).await;
+        assert_eq!(deleted.is_err(), matches!(object, Object::Link(_)));
     }
     assert_eq!(kernel.dump(), before);
 }
@@ -664,7 +667,9 @@ fn table(kernel: &FakeKernel) -> bool {
 #[tokio::test]
 async fn a_table_is_put_and_deleted_and_its_loss_is_told() {
     let kernel = bare();
-    let rules = Ruleset { family: Family::V4 };
+    let rules = MasqueradePolicy::default()
+        .ruleset_v4("10.42.0.0/16".parse().unwrap(), "10.42.1.0/24".parse().unwrap())
+        .unwrap();
     let driver = kernel.firewall();
     let mut stream = driver.changes(&scope()).await.unwrap();
     let unit = |step| [UnitPlan { unit: Unit::Firewall(Family::V4), steps: vec![step] }];
@@ -673,13 +678,26 @@ async fn a_table_is_put_and_deleted_and_its_loss_is_told() {
     assert_eq!(driver.observe(&scope()).await.unwrap().objects, [(Object::Ruleset(rules.clone()), Owner::Ours)]);
     kernel.nft_flush_ruleset();
     assert!(!table(&kernel));
-    assert_eq!(stream.next().await, Some(Change::Unknown));
+    assert_eq!(stream.next().await, Some(Change::Gone(Key::Ruleset(Family::V4))));
+    kernel.nft_put_table(rules.clone(), true).unwrap();
+    for alter in [FakeKernel::nft_delete_rule, FakeKernel::nft_reorder_rules] {
+        alter(&kernel, Family::V4).unwrap();
+        assert_ne!(driver.observe(&scope()).await.unwrap().objects[0].0, Object::Ruleset(rules.clone()));
+        assert_eq!(stream.next().await, Some(Change::Domain(Domain::Firewall)));
+        kernel.nft_put_table(rules.clone(), true).unwrap();
+    }
+    kernel.nft_flannel_table(Family::V4, true);
+    let seen = driver.observe(&scope()).await.unwrap().objects.remove(0).0;
+    assert!(matches!(&seen, Object::Ruleset(r) if r.takes_flannel_away()));
+    let replace = Step::Replace { from: seen, to: Object::Ruleset(rules.clone()) };
+    assert_eq!(driver.apply(&unit(replace)).await[0].failed, None);
+    assert!(!kernel.dump().contains("of flannel"));
     kernel.nft_put_table(rules.clone(), false).unwrap();
     let refused = driver.apply(&unit(Step::Create(Object::Ruleset(rules.clone())))).await;
     assert!(matches!(refused[0].failed, Some(DriverError::InTheWay { .. })));
     let warning = Conflict { object: Key::Ruleset(Family::V4), with: "chain FORWARD".into(), advice: "accept".into() };
     kernel.nft_set_foreign_chains(Family::V4, vec![warning.clone()]);
-    assert!(driver.observe(&scope()).await.unwrap().conflicts.contains(&warning));
+    assert!(driver.observe(&scope()).await.unwrap().warnings.contains(&warning));
 }
 
 #[tokio::test]

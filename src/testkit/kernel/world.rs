@@ -8,7 +8,7 @@ use ipnetwork::IpNetwork;
 use super::FakeKernel;
 use super::state::{Answer, KernelRoute, RouteMode};
 use crate::driver::Errno;
-use crate::masquerade::Ruleset;
+use crate::masquerade::{Chain, Ruleset};
 use crate::plan::{Conflict, Link, LinkKind, Object, SysctlName, Vxlan};
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -174,12 +174,48 @@ impl FakeKernel {
         }
     }
 
-    /// Rules are deleted, added or re-ordered: `alter` says what is there afterwards.
-    pub fn nft_alter_rule(&self, family: Family, alter: impl FnOnce(&mut Ruleset)) -> Result<(), Errno> {
-        self.lock().world(|s| s.table_alter(family, alter))
+    /// `nft delete rule`: the first rule of the first chain that has one. Without any, `ENOENT`.
+    pub fn nft_delete_rule(&self, family: Family) -> Result<(), Errno> {
+        self.nft_alter(family, |chains, _| {
+            chains.iter_mut().find(|c| !c.rules.is_empty()).map(|c| drop(c.rules.remove(0)))
+        })
     }
 
-    /// What the firewall driver reports of others' chains from now on (firewalld, Docker).
+    /// The rules of the first chain that has more than one are put in the reverse order. Without any, `ENOENT`.
+    pub fn nft_reorder_rules(&self, family: Family) -> Result<(), Errno> {
+        self.nft_alter(family, |chains, _| chains.iter_mut().find(|c| c.rules.len() > 1).map(|c| c.rules.reverse()))
+    }
+
+    /// Somebody adds to our table what podnet never writes.
+    pub fn nft_add_foreign_rule(&self, family: Family, text: &str) -> Result<(), Errno> {
+        self.nft_alter(family, |_, odd| {
+            odd.push(text.to_owned());
+            Some(())
+        })
+    }
+
+    fn nft_alter(
+        &self,
+        family: Family,
+        alter: impl FnOnce(&mut Vec<Chain>, &mut Vec<String>) -> Option<()>,
+    ) -> Result<(), Errno> {
+        self.lock().world(|s| {
+            let rules = &s.tables.get(&family).ok_or(Errno::NOENT)?.rules;
+            let (mut chains, mut odd) = (rules.chains().to_vec(), rules.unrecognised().to_vec());
+            alter(&mut chains, &mut odd).ok_or(Errno::NOENT)?;
+            s.table_alter(family, |rules| *rules = Ruleset::observed(family, chains, odd, false))
+        })
+    }
+
+    /// Flannel's own table comes (as its nftables mode leaves it) or goes.
+    pub fn nft_flannel_table(&self, family: Family, there: bool) {
+        let _: Answer = self.lock().world(|s| {
+            s.flannel_table(family, there);
+            Ok(())
+        });
+    }
+
+    /// What the firewall driver warns of from now on: others' chains (firewalld, Docker).
     pub fn nft_set_foreign_chains(&self, family: Family, warnings: Vec<Conflict>) {
         let _: Answer = self.lock().world(|s| {
             s.warn(family, warnings);
