@@ -240,8 +240,9 @@ impl<'a> Run<'a> {
             Some(there) => DriverError::InTheWay {
                 attempted,
                 with: there.describe(),
-                advice: "the kernel allows one VXLAN device for each VNI and port: delete it, or choose another VNI or port"
-                    .to_owned(),
+                advice:
+                    "the kernel allows one VXLAN device for each VNI and port: delete it, or choose another VNI or port"
+                        .to_owned(),
             },
             None => DriverError::Refused { attempted, errno: Errno::EXIST, detail: words },
         })

@@ -68,8 +68,7 @@ pub(super) async fn listen(
     if let Err(error) = socket.add_membership(RTNLGRP_NEXTHOP) {
         tracing::debug!(%error, "this kernel does not tell of nexthop objects");
     }
-    let requester =
-        Requester::open(namespace, NETLINK_ROUTE).map_err(failed("open a netlink socket"))?;
+    let requester = Requester::open(namespace, NETLINK_ROUTE).map_err(failed("open a netlink socket"))?;
     let socket = watch(socket).map_err(failed("wait for netlink events"))?;
     let mut ear = Ear { scope: scope.clone(), own, requester, names: Names::default(), remotes: HashMap::new() };
     ear.learn().await?;

@@ -56,7 +56,8 @@ impl Ethtool {
         if on {
             bit.extend(nested(ETHTOOL_A_BITSET_BIT_VALUE, &[]));
         }
-        let bits = nested(ETHTOOL_A_BITSET_BITS | NLA_F_NESTED, &nested(ETHTOOL_A_BITSET_BITS_BIT | NLA_F_NESTED, &bit));
+        let bits =
+            nested(ETHTOOL_A_BITSET_BITS | NLA_F_NESTED, &nested(ETHTOOL_A_BITSET_BITS_BIT | NLA_F_NESTED, &bit));
         let mut request = Messages::one(family, 0, &[ETHTOOL_MSG_FEATURES_SET, 1, 0, 0]);
         request
             .attribute(ETHTOOL_A_FEATURES_HEADER | NLA_F_NESTED, &device(index))

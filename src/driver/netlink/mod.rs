@@ -90,10 +90,8 @@ impl NetlinkDriver {
     ///
     /// When the namespace cannot be entered or a socket cannot be had. A missing CAP_NET_ADMIN shows at the first apply.
     pub fn open(namespace: &NetworkNamespace) -> Result<NetlinkDriver, DriverError> {
-        let failed = |e: std::io::Error| DriverError::Io {
-            attempted: "open netlink sockets".to_owned(),
-            reason: e.to_string(),
-        };
+        let failed =
+            |e: std::io::Error| DriverError::Io { attempted: "open netlink sockets".to_owned(), reason: e.to_string() };
         let requester = Requester::open(namespace, NETLINK_ROUTE).map_err(failed)?;
         let rtnl = Rtnl::open(namespace).map_err(failed)?;
         let ethtool = match Requester::open(namespace, ethtool::NETLINK_GENERIC) {
@@ -106,13 +104,7 @@ impl NetlinkDriver {
         Ok(NetlinkDriver {
             namespace: namespace.clone(),
             ports: vec![requester.port(), rtnl.port()],
-            core: Mutex::new(Core {
-                requester,
-                rtnl,
-                ethtool,
-                nexthops: Nexthops::default(),
-                legacy: HashSet::new(),
-            }),
+            core: Mutex::new(Core { requester, rtnl, ethtool, nexthops: Nexthops::default(), legacy: HashSet::new() }),
         })
     }
 }

@@ -49,9 +49,7 @@ pub(super) fn set_fdb(out: &mut Messages, index: u32, fdb: &Fdb) {
 /// Deletes a forwarding entry; other remotes of the MAC stay.
 pub(super) fn delete_fdb(out: &mut Messages, index: u32, fdb: &Fdb) {
     let fixed = header(number::AF_BRIDGE, index, number::NUD_PERMANENT, number::NTF_SELF);
-    out.begin(number::RTM_DELNEIGH, 0, &fixed)
-        .attribute_ip(NDA_DST, fdb.remote)
-        .attribute(NDA_LLADDR, &fdb.mac.0);
+    out.begin(number::RTM_DELNEIGH, 0, &fixed).attribute_ip(NDA_DST, fdb.remote).attribute(NDA_LLADDR, &fdb.mac.0);
 }
 
 /// Asks for all neighbours of a device, of both families.

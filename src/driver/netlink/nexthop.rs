@@ -71,11 +71,5 @@ pub(super) fn decode(message: &Message<'_>) -> Option<RawNexthop> {
             _ => {}
         }
     }
-    Some(RawNexthop {
-        id: id?,
-        protocol: *fixed.get(2)?,
-        index,
-        gateway,
-        onlink: flags & number::RTNH_F_ONLINK != 0,
-    })
+    Some(RawNexthop { id: id?, protocol: *fixed.get(2)?, index, gateway, onlink: flags & number::RTNH_F_ONLINK != 0 })
 }

@@ -292,12 +292,7 @@ struct DumpPart {
 }
 
 impl DumpPart {
-    fn take(
-        &mut self,
-        datagram: &[u8],
-        sequence: u32,
-        mut found: impl FnMut(&Message<'_>),
-    ) -> Result<(), Trouble> {
+    fn take(&mut self, datagram: &[u8], sequence: u32, mut found: impl FnMut(&Message<'_>)) -> Result<(), Trouble> {
         for message in messages(datagram) {
             let message = message.map_err(|_| Trouble::Lost("the dump holds half a message".to_owned()))?;
             if message.sequence != sequence {

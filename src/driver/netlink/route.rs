@@ -95,8 +95,7 @@ pub(super) fn delete(out: &mut Messages, route: &Route) {
 /// Deletes a route that flannel left: its protocol is `boot`, which is also that of routes made by hand, so the kernel
 /// compares device and gateway too.
 pub(super) fn delete_legacy(out: &mut Messages, route: &Route, index: u32) {
-    let fixed =
-        header(route.destination, number::RTPROT_BOOT, number::RT_SCOPE_NOWHERE, number::RTN_UNSPEC, 0);
+    let fixed = header(route.destination, number::RTPROT_BOOT, number::RT_SCOPE_NOWHERE, number::RTN_UNSPEC, 0);
     out.begin(number::RTM_DELROUTE, 0, &fixed)
         .attribute_ip(RTA_DST, route.destination.network())
         .attribute_u32(RTA_OIF, index);

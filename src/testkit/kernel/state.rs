@@ -30,6 +30,7 @@ pub const ALIAS_OURS: &str = "podnet";
 /// The least MTU with which a device speaks IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
 
+pub(super) const ENXIO: Errno = Errno(6);
 pub(super) const EAFNOSUPPORT: Errno = Errno(97);
 pub(super) const EADDRINUSE: Errno = Errno(98);
 pub(super) const ENETUNREACH: Errno = Errno(101);
@@ -273,14 +274,16 @@ impl State {
     pub(super) fn vxlan_alter(&mut self, name: &DeviceName, to: &Vxlan) -> Answer {
         let link = self.link(name)?;
         let Some(is) = &link.vxlan else { return Err(Errno::OPNOTSUPP) };
-        if (is.vni, is.port, is.gbp) != (to.vni, to.port, to.gbp) {
+        // GBP is a flag that a request can only set.
+        if (is.vni, is.port) != (to.vni, to.port) || (to.gbp && !is.gbp) {
             return Err(Errno::OPNOTSUPP);
         }
         if is.local.is_ipv4() != to.local.is_ipv4() {
             return Err(Errno::OPNOTSUPP);
         }
         // A lower device can be exchanged, not taken away.
-        let to = Vxlan { underlay: to.underlay.clone().or_else(|| is.underlay.clone()), ..to.clone() };
+        let underlay = to.underlay.clone().or_else(|| is.underlay.clone());
+        let to = Vxlan { underlay, gbp: is.gbp, ..to.clone() };
         let other_lower = is.underlay != to.underlay;
         let most = self.vxlan_most(&to)?;
         let link = self.link_mut(name)?;
@@ -496,7 +499,22 @@ impl State {
         if list.iter().any(|a| a.ip() == address.ip() && (a.is_ipv6() || a.prefix() == address.prefix())) {
             return Err(Errno::EXIST);
         }
-        list.push(address);
+        let is_secondary = |list: &[IpNetwork], of: IpNetwork| list.iter().any(|a| canonical(*a) == canonical(of));
+        let place = match address {
+            // The newest first.
+            IpNetwork::V6(_) => list.iter().position(|a| a.is_ipv6()).unwrap_or(list.len()),
+            // Primaries, then secondaries.
+            IpNetwork::V4(_) => {
+                let v4: Vec<IpNetwork> = list.iter().copied().filter(|a| a.is_ipv4()).collect();
+                let primary = |(i, a): (usize, &IpNetwork)| !is_secondary(v4.get(..i).unwrap_or_default(), *a);
+                if is_secondary(&v4, address) {
+                    v4.len()
+                } else {
+                    v4.iter().enumerate().filter(|p| primary(*p)).count()
+                }
+            }
+        };
+        list.insert(place, address);
         self.echo(Event::Address(name.clone(), address, true));
         if up {
             self.add_connected(name, address);
@@ -507,7 +525,10 @@ impl State {
     /// Removes an address. With the primary of an IPv4 subnet its secondaries go; with the last IPv4 address of a
     /// device its IPv4 routes (silently) and its permanent IPv4 neighbours go. IPv6 does neither.
     pub(super) fn addr_del(&mut self, name: &DeviceName, address: IpNetwork) -> Answer {
-        self.link(name)?;
+        let link = self.link(name)?;
+        if address.is_ipv6() && !link.speaks_ipv6() {
+            return Err(ENXIO);
+        }
         let list = self.addresses.entry(name.clone()).or_default();
         let Some(place) = list.iter().position(|a| *a == address) else {
             return Err(Errno::ADDRNOTAVAIL);
@@ -619,14 +640,14 @@ impl State {
         }
     }
 
-    /// `NLM_F_CREATE | NLM_F_REPLACE`: of a unicast MAC the one remote is changed in place; zero and multicast MACs that
-    /// are there refuse it.
+    /// `NLM_F_CREATE | NLM_F_REPLACE`: of a unicast MAC the one remote is changed in place; zero and multicast MACs refuse
+    /// it.
     pub(super) fn fdb_replace(&mut self, name: &DeviceName, mac: MacAddr, remote: IpAddr) -> Answer {
         self.fdb_device(name, Some(remote))?;
-        let list = self.fdb.entry((name.clone(), mac)).or_default();
-        if !list.is_empty() && !mac.is_usable() {
+        if !mac.is_usable() {
             return Err(Errno::OPNOTSUPP);
         }
+        let list = self.fdb.entry((name.clone(), mac)).or_default();
         let told = match list.first() {
             Some(before) if *before == remote => return Ok(()),
             Some(_) => Told::Replaced,
@@ -650,15 +671,12 @@ impl State {
         Ok(())
     }
 
-    /// Deletes one remote of a MAC, or all.
+    /// Deletes one remote of a MAC, or all. A remote that a known MAC does not have is deleted with success.
     pub(super) fn fdb_del(&mut self, name: &DeviceName, mac: MacAddr, remote: Option<IpAddr>) -> Answer {
-        self.fdb_device(name, remote)?;
+        self.fdb_device(name, None)?;
         let key = (name.clone(), mac);
         let list = self.fdb.get_mut(&key).ok_or(Errno::NOENT)?;
         let gone: Vec<IpAddr> = list.iter().filter(|r| remote.is_none_or(|only| only == **r)).copied().collect();
-        if gone.is_empty() {
-            return Err(Errno::NOENT);
-        }
         list.retain(|r| !gone.contains(r));
         if list.is_empty() {
             self.fdb.remove(&key);
@@ -715,15 +733,19 @@ impl State {
     fn check_next_v4(&self, route: &KernelRoute) -> Answer {
         match &route.next {
             NextHop::Gateway { device, address, onlink } => {
-                let link = self.link(device)?;
                 if *onlink {
-                    if !link.up {
+                    if !self.link(device)?.up {
                         return Err(Errno::NETDOWN);
                     }
                     if !is_unicast(*address) || self.is_local(*address) {
                         return Err(Errno::INVAL);
                     }
-                } else if !self.is_local_on(device, *address) && !self.is_on_link_v4(device, *address) {
+                } else if self.addresses.get(device).is_some_and(|l| l.iter().any(|a| a.ip() == *address)) {
+                    // Our own address there will do, but it is found on a device that is down too.
+                    if !self.link(device)?.up {
+                        return Err(Errno::NETDOWN);
+                    }
+                } else if !self.is_on_link_v4(device, *address) {
                     return Err(ENETUNREACH);
                 }
             }
@@ -732,7 +754,8 @@ impl State {
                     return Err(Errno::NETDOWN);
                 }
             }
-            NextHop::Blackhole => {}
+            // Its source is not looked at.
+            NextHop::Blackhole => return Ok(()),
         }
         match route.source {
             Some(source) if !self.is_local(source) => Err(Errno::INVAL),
@@ -769,11 +792,6 @@ impl State {
             return Err(Errno::NETDOWN);
         }
         Ok(())
-    }
-
-    fn is_local_on(&self, device: &DeviceName, address: IpAddr) -> bool {
-        self.links.get(device).is_some_and(|l| l.up)
-            && self.addresses.get(device).is_some_and(|l| l.iter().any(|a| a.ip() == address))
     }
 
     /// Whether a route of link scope on the device covers the address: routes by a gateway do not count.
