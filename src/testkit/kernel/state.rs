@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 
 use crate::driver::Errno;
+use crate::driver::netlink::ALIAS as ALIAS_OURS;
 use crate::masquerade::Ruleset;
 use crate::plan::{Conflict, Link, LinkKind, NextHop, Route, SysctlName, Vxlan};
 use crate::types::{DeviceName, Family, MacAddr};
@@ -22,10 +23,6 @@ pub const PROTOCOL_BOOT: u8 = 3;
 pub const PROTOCOL_STATIC: u8 = 4;
 /// `RTPROT_DHCP`.
 pub const PROTOCOL_DHCP: u8 = 16;
-/// Ours.
-pub const PROTOCOL_OURS: u8 = 112;
-/// The alias of links that are ours.
-pub const ALIAS_OURS: &str = "podnet";
 
 /// The least MTU with which a device speaks IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
@@ -101,6 +98,8 @@ pub(super) struct LinkState {
     pub(super) kind: String,
     pub(super) vxlan: Option<Vxlan>,
     pub(super) mtu: u32,
+    /// Whether it has an IPv6 side. The kernel looks at the MTU when it is made, set, and when the device goes up.
+    pub(super) speaks_ipv6: bool,
     pub(super) mac: MacAddr,
     pub(super) up: bool,
     pub(super) carrier: bool,
@@ -112,10 +111,6 @@ pub(super) struct LinkState {
 }
 
 impl LinkState {
-    fn speaks_ipv6(&self) -> bool {
-        self.mtu >= IPV6_MIN_MTU
-    }
-
     pub(super) fn is_ours(&self) -> bool {
         self.vxlan.is_some() && self.alias.as_deref() == Some(ALIAS_OURS)
     }
@@ -206,6 +201,7 @@ impl State {
             kind: kind.to_owned(),
             vxlan: None,
             mtu,
+            speaks_ipv6: mtu >= IPV6_MIN_MTU,
             mac: MacAddr::derived(format!("{name}/{index}").as_bytes()),
             up: false,
             carrier: true,
@@ -246,11 +242,13 @@ impl State {
         if taken {
             return Err(Errno::EXIST);
         }
+        let mtu = link.mtu.bytes().min(most);
         self.insert_link(&link.name, |index| LinkState {
             index,
             kind: "vxlan".to_owned(),
             vxlan: Some(vxlan.clone()),
-            mtu: link.mtu.bytes().min(most),
+            mtu,
+            speaks_ipv6: mtu >= IPV6_MIN_MTU,
             mac: link.mac,
             up: false,
             carrier: true,
@@ -270,7 +268,8 @@ impl State {
         }
     }
 
-    /// Changes a VXLAN device in place. The MTU is cut when the lower device becomes another, and then only.
+    /// Changes a VXLAN device in place. The MTU is cut when the lower device becomes another, and then only; nobody in the
+    /// kernel is told, so that IPv6 goes on below 1280 bytes.
     pub(super) fn vxlan_alter(&mut self, name: &DeviceName, to: &Vxlan) -> Answer {
         let link = self.link(name)?;
         let Some(is) = &link.vxlan else { return Err(Errno::OPNOTSUPP) };
@@ -292,7 +291,6 @@ impl State {
         }
         link.vxlan = Some(to);
         self.echo(Event::Link(name.clone()));
-        self.mtu_moved(name);
         Ok(())
     }
 
@@ -314,8 +312,10 @@ impl State {
             self.link_down(name)?;
         }
         self.flush_neighbours(name, None);
-        for address in self.addresses.remove(name).unwrap_or_default() {
+        let addresses = self.addresses.remove(name).unwrap_or_default();
+        for address in addresses {
             self.tell(Event::Address(name.clone(), address, false));
+            self.source_gone(address.ip());
         }
         let entries: Vec<_> = self.fdb.keys().filter(|(device, _)| device == name).cloned().collect();
         for key in entries {
@@ -364,6 +364,7 @@ impl State {
         for address in self.addresses.get(name).cloned().unwrap_or_default() {
             self.add_connected(name, address);
         }
+        self.look_at_mtu(name);
         Ok(())
     }
 
@@ -388,13 +389,15 @@ impl State {
         }
         self.link_mut(name)?.mtu = mtu;
         self.echo(Event::Link(name.clone()));
-        self.mtu_moved(name);
+        self.look_at_mtu(name);
         Ok(())
     }
 
     /// Below 1280 bytes a device does not speak IPv6.
-    fn mtu_moved(&mut self, name: &DeviceName) {
-        if self.links.get(name).is_some_and(|l| !l.speaks_ipv6()) {
+    fn look_at_mtu(&mut self, name: &DeviceName) {
+        let Some(link) = self.links.get_mut(name) else { return };
+        link.speaks_ipv6 = link.mtu >= IPV6_MIN_MTU;
+        if !link.speaks_ipv6 {
             self.disable_ipv6(name);
         }
     }
@@ -444,6 +447,7 @@ impl State {
         let gone: Vec<IpNetwork> = gone;
         for address in gone {
             self.tell(Event::Address(name.clone(), address, false));
+            self.source_gone(address.ip());
         }
     }
 
@@ -491,7 +495,7 @@ impl State {
 
     pub(super) fn addr_add(&mut self, name: &DeviceName, address: IpNetwork) -> Answer {
         let link = self.link(name)?;
-        if address.is_ipv6() && !link.speaks_ipv6() {
+        if address.is_ipv6() && !link.speaks_ipv6 {
             return Err(Errno::INVAL);
         }
         let up = link.up;
@@ -526,7 +530,7 @@ impl State {
     /// device its IPv4 routes (silently) and its permanent IPv4 neighbours go. IPv6 does neither.
     pub(super) fn addr_del(&mut self, name: &DeviceName, address: IpNetwork) -> Answer {
         let link = self.link(name)?;
-        if address.is_ipv6() && !link.speaks_ipv6() {
+        if address.is_ipv6() && !link.speaks_ipv6 {
             return Err(ENXIO);
         }
         let list = self.addresses.entry(name.clone()).or_default();
@@ -615,7 +619,7 @@ impl State {
     /// `NLM_F_CREATE | NLM_F_REPLACE`, `NUD_PERMANENT`. The device need not be up.
     pub(super) fn neigh_replace(&mut self, name: &DeviceName, address: IpAddr, mac: MacAddr) -> Answer {
         let link = self.link(name)?;
-        if address.is_ipv6() && !link.speaks_ipv6() {
+        if address.is_ipv6() && !link.speaks_ipv6 {
             return Err(Errno::INVAL);
         }
         let before = self.neighbours.insert((name.clone(), address), mac);
@@ -766,7 +770,7 @@ impl State {
     fn check_next_v6(&self, route: &KernelRoute) -> Answer {
         let Some(device) = route.next.device() else { return Ok(()) };
         let link = self.link(device)?;
-        if !link.speaks_ipv6() {
+        if !link.speaks_ipv6 {
             return Err(Errno::NODEV);
         }
         if let NextHop::Gateway { address, onlink, .. } = &route.next {
@@ -776,16 +780,19 @@ impl State {
             if !is_unicast(*address) || self.is_local(*address) {
                 return Err(Errno::INVAL);
             }
-            let found = self.lookup_v6(device, *address);
             if *onlink {
                 // The gateway must not be known to be elsewhere; a default route does not say so.
+                let found = self.lookup_v6(device, *address);
                 let elsewhere =
                     found.is_some_and(|r| r.destination.prefix() > 0 && r.next.device().is_some_and(|d| d != device));
                 if elsewhere {
                     return Err(Errno::INVAL);
                 }
-            } else if !found.is_some_and(|r| r.next == NextHop::Device(device.clone())) {
-                return Err(EHOSTUNREACH);
+            } else {
+                let found = self.covering(*address).find(|r| r.next.device() == Some(device));
+                if !found.is_some_and(|r| matches!(r.next, NextHop::Device(_))) {
+                    return Err(EHOSTUNREACH);
+                }
             }
         }
         if !link.up {
@@ -799,21 +806,18 @@ impl State {
         self.covering(address).any(|r| r.next == NextHop::Device(device.clone()))
     }
 
-    /// The longest match; of equals the one on the device.
+    /// The longest match of the lowest metric; of equals the one on the device.
     fn lookup_v6(&self, device: &DeviceName, address: IpAddr) -> Option<&KernelRoute> {
-        let mut covering = self.covering(address).peekable();
-        let longest = covering.peek()?.destination;
-        let mut first = None;
-        for route in covering.take_while(|r| r.destination == longest) {
-            if route.next.device() == Some(device) {
-                return Some(route);
-            }
-            first = first.or(Some(route));
+        let mut covering = self.covering(address);
+        let best = covering.next()?;
+        let mut equals = covering.take_while(|r| (r.destination, r.metric) == (best.destination, best.metric));
+        if best.next.device() == Some(device) {
+            return Some(best);
         }
-        first
+        equals.find(|r| r.next.device() == Some(device)).or(Some(best))
     }
 
-    /// Routes whose destination covers an address, longest prefix first.
+    /// Routes whose destination covers an address, longest prefix first, then lowest metric.
     fn covering(&self, address: IpAddr) -> impl Iterator<Item = &KernelRoute> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         (0..=bits).rev().filter_map(move |prefix| IpNetwork::new(address, prefix).ok().map(canonical)).flat_map(

@@ -640,6 +640,17 @@ async fn a_process_killed_at_any_write_leaves_what_was_written_and_the_next_one_
 }
 
 #[tokio::test]
+async fn a_device_that_was_made_but_not_marked_before_the_end_is_known_as_ours_without_adoption() {
+    let kernel = bare();
+    kernel.faults().kill_at(1, Death::Hang);
+    let _ = tokio::time::timeout(Duration::from_millis(1), converge(&kernel, &desired())).await;
+    kernel.restart();
+    let seen = kernel.netlink().observe(&Scope { adopt: false, ..scope() }).await.unwrap();
+    assert!(seen.conflicts.is_empty());
+    assert!(matches!(seen.objects.as_slice(), [(Object::Link(_), Owner::Adoptable)]), "{:?}", seen.objects);
+}
+
+#[tokio::test]
 async fn a_lost_acknowledgement_is_an_error_of_a_step_that_was_done() {
     let kernel = full().await;
     kernel.faults().kill_at(1, Death::Io);
