@@ -142,7 +142,7 @@ impl Node {
         let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
         let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
         if !given.contains(&Domain::Sysctl) {
-            drivers.push(Arc::new(SysctlDriver::open(&self.namespace)?));
+            drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
         }
         if !given.contains(&Domain::Netlink) {
             drivers.push(Arc::new(NetlinkDriver::open(&self.namespace)?));
@@ -297,6 +297,9 @@ impl NodeBuilder {
                 problems.push(format!("two drivers are given for the domain {domain}: one is allowed"));
             }
         }
+        // Where only the host opens sockets, nothing under /proc/sys can be set: what is missing is reported.
+        let reachable = !matches!(self.namespace, NetworkNamespace::Sockets(_));
+        let possible = |setting| if setting == HostSetting::Set && !reachable { HostSetting::Report } else { setting };
         let Some(node) = name.filter(|_| problems.is_empty()) else {
             return Err(Error::Build { problems });
         };
@@ -309,8 +312,8 @@ impl NodeBuilder {
                 reserved: self.reserved,
                 previous: self.previous,
                 adopt: self.adopt,
-                forwarding: self.forwarding,
-                bridge_netfilter: self.bridge_netfilter,
+                forwarding: possible(self.forwarding),
+                bridge_netfilter: possible(self.bridge_netfilter),
                 check_period: self.check_period,
                 clock: self.clock,
             },

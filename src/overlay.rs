@@ -33,6 +33,7 @@ pub enum Shutdown {
 /// # Errors
 ///
 /// Every method answers [`Error::Stopped`] after a shutdown and while nobody polls the runner any more.
+#[cfg_attr(feature = "testkit", mockall::automock)]
 #[async_trait]
 pub trait Overlay: Debug + Send + Sync + 'static {
     /// This node's lease.

@@ -76,7 +76,7 @@ impl fmt::Display for Status {
             writeln!(f, "  conflict: {conflict}")?;
         }
         for warning in &self.warnings {
-            writeln!(f, "  warning: {warning}")?;
+            writeln!(f, "  warning: {}: {}", warning.with, warning.advice)?;
         }
         Ok(())
     }

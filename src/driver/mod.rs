@@ -5,8 +5,13 @@
 
 mod error;
 mod host;
+#[cfg(test)]
+mod isolated;
 mod namespace;
 pub mod netlink;
+pub mod nftables;
+mod notifications;
+pub mod sysctl;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -47,7 +52,8 @@ pub struct Observed {
     pub objects: Vec<(Object, Owner)>,
     /// What of others stands in the way of something of ours, or undoes it.
     pub conflicts: Vec<Conflict>,
-    /// What of others may undo what ours does: a chain that drops forwarded packets. Stops nothing.
+    /// What of others does not keep ours out of the kernel, but hampers it or stands beside it: reported, and no
+    /// reason to hold anything back.
     pub warnings: Vec<Conflict>,
     /// What the host has beside; from the netlink driver alone.
     pub host: Option<HostView>,
@@ -65,7 +71,7 @@ pub enum Change {
     Device(DeviceName),
     /// Links, addresses or routes of the host changed: the underlay may be another.
     Host,
-    /// Something of this domain changed: look at it.
+    /// Something in a domain moved, or hints about that domain alone were lost: observe it again.
     Domain(Domain),
     /// Hints were lost (`ENOBUFS`), or cannot say what happened: look at everything.
     Unknown,
@@ -138,11 +144,4 @@ impl<T: Driver + ?Sized> Driver for Box<T> {
     async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
         (**self).changes(scope).await
     }
-}
-mod stub;
-pub mod nftables {
-    pub use super::stub::Firewall as NftablesDriver;
-}
-pub mod sysctl {
-    pub use super::stub::Settings as SysctlDriver;
 }

@@ -129,7 +129,10 @@ impl Engine {
     }
 
     async fn dry_run(&mut self) -> Result<Plan, Error> {
+        let due = self.compare;
         self.look_now().await?;
+        // A question changes nothing: what it found is repaired when a hint or the check finds it too.
+        self.compare = due;
         let mut plan = diff(&self.desired, &self.picture, if self.whole { Prune::Yes } else { Prune::No });
         self.leave_blocked(&mut plan);
         Ok(plan)

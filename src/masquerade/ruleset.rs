@@ -142,8 +142,10 @@ impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "table {} {} {{", keyword(self.family), Ruleset::TABLE)?;
         writeln!(f, "\tcomment \"{}\"", Ruleset::COMMENT)?;
-        for chain in &self.chains {
-            writeln!(f)?;
+        for (place, chain) in self.chains.iter().enumerate() {
+            if place > 0 {
+                writeln!(f)?;
+            }
             writeln!(f, "\tchain {} {{", chain.hook.chain_name())?;
             writeln!(f, "\t\t{}", chain.hook)?;
             for rule in &chain.rules {

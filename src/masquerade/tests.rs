@@ -13,7 +13,6 @@ fn the_rules_are_flannels_in_meaning_and_order() {
         .never_masquerade(["192.168.0.0/16".parse().unwrap(), "172.16.9.1/32".parse().unwrap()]);
     let expected = r#"table ip podnet {
 	comment "podnet: pod network masquerade and forwarding"
-
 	chain forward {
 		type filter hook forward priority filter; policy accept;
 		ip saddr 10.42.0.0/16 accept comment "podnet: from pods"
@@ -45,7 +44,6 @@ fn ipv6_has_the_same_rules_with_its_own_networks() {
     let rules = policy.ruleset_v6("2001:db8:42::/56".parse().unwrap(), "2001:db8:42:3::/64".parse().unwrap()).unwrap();
     let expected = r#"table ip6 podnet {
 	comment "podnet: pod network masquerade and forwarding"
-
 	chain postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
 		ip6 saddr 2001:db8:42:3::/64 ip6 daddr 2001:db8:42::/56 return comment "podnet: this node's pods to the cluster"

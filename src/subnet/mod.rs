@@ -52,6 +52,7 @@ pub struct OwnedLease {
 ///   the stream may go on after it, and its end means: call `watch` again.
 /// - A manager may include the watcher's own lease in snapshots; the engine tells it by name.
 /// - An identity that changes its subnet, key, MAC or address sends `Upsert` under the same node name.
+#[cfg_attr(feature = "testkit", mockall::automock)]
 #[async_trait]
 pub trait SubnetManager: Debug + Send + Sync + 'static {
     /// The network that subnets are cut from. Cancel safe.

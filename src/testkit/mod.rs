@@ -1,4 +1,26 @@
 //! What tests of podnet, of embedders and of third-party backends stand on. Not for production.
+//!
+//! - [`FakeKernel`](kernel::FakeKernel): a kernel with state and faults, behind the same [`Driver`](crate::driver::Driver)
+//!   trait as the real one.
+//! - [`ManualClock`](manual_clock::ManualClock): time that stands until a test moves it.
+//! - `MockOverlay`, `MockSubnetManager`: mockall mocks, for tests of code that calls podnet.
+//!
+//! ```
+//! # #[cfg(feature = "testkit")] {
+//! use podnet::testkit::MockOverlay;
+//! use podnet::{Error, Overlay};
+//!
+//! let mut overlay = MockOverlay::new();
+//! overlay.expect_lease().returning(|| Err(Error::NotReady { reason: "no podCIDR yet".into() }));
+//! let answer = futures::executor::block_on(overlay.lease());
+//! assert!(answer.unwrap_err().is_retryable());
+//! # }
+//! ```
 
 pub mod kernel;
 pub mod manual_clock;
+
+#[cfg(feature = "testkit")]
+pub use crate::overlay::MockOverlay;
+#[cfg(feature = "testkit")]
+pub use crate::subnet::MockSubnetManager;

@@ -45,7 +45,11 @@ fn lines(
     out.extend(state.routes.values().flatten().filter(|r| route(r)).map(route_line));
     out.extend(state.flannel_tables.iter().map(|family| format!("table {family} of flannel")));
     for (family, t) in state.tables.iter().filter(|(f, _)| table(**f)) {
-        out.push(format!("table {family}{} {:?}", if t.marked { "" } else { " unmarked" }, t.rules));
+        out.push(format!(
+            "table {family}{} {}",
+            if t.marked { "" } else { " unmarked" },
+            t.rules.to_string().trim_end()
+        ));
     }
     out.extend(state.sysctls.iter().filter(|(n, _)| sysctl(n)).map(|(n, v)| format!("sysctl {n} = {v}")));
     out.into_iter().fold(String::new(), |text, line| text + &line + "\n")

@@ -99,6 +99,7 @@ impl Listener {
         match (&self.domain, event) {
             (Domain::Firewall, Event::Table(family, true)) => vec![Change::Gone(Key::Ruleset(*family))],
             (Domain::Firewall, Event::Table(_, false)) => vec![Change::Domain(Domain::Firewall)],
+            (Domain::Sysctl, Event::Forwarding) => vec![Change::Domain(Domain::Sysctl)],
             (Domain::Netlink, event) => self.netlink_hints(event),
             _ => Vec::new(),
         }
@@ -132,7 +133,7 @@ impl Listener {
                 hints
             }
             Event::Route(route, told) => self.route_hints(route, *told),
-            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(..) => Vec::new(),
+            Event::Neighbour(..) | Event::Fdb(..) | Event::Table(..) | Event::Forwarding => Vec::new(),
         }
     }
 

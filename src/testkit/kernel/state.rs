@@ -134,6 +134,8 @@ pub(super) enum Event {
     Route(KernelRoute, Told),
     /// The table of a family, and whether it was deleted; or something that firewall drivers watch beside it.
     Table(Family, bool),
+    /// Forwarding of a family was switched.
+    Forwarding,
 }
 
 /// What a message says of an object.
@@ -885,6 +887,10 @@ impl State {
 
     pub(super) fn sysctl_set(&mut self, name: &SysctlName, value: &str) -> Answer {
         *self.sysctls.get_mut(name).ok_or(Errno::NOENT)? = value.to_owned();
+        // RTM_NEWNETCONF tells of forwarding, and of nothing else that podnet looks at.
+        if Family::BOTH.iter().any(|family| *name == SysctlName::forwarding(*family)) {
+            self.echo(Event::Forwarding);
+        }
         Ok(())
     }
 
