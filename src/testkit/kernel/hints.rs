@@ -9,8 +9,9 @@ use std::task::{Poll, Waker};
 use futures::StreamExt;
 use futures::stream::poll_fn;
 
+use super::PROTOCOL_OURS;
 use super::ownership::{inside, matters};
-use super::state::{Event, KernelRoute, PROTOCOL_OURS, Told};
+use super::state::{Event, KernelRoute, Told};
 use crate::driver::{Change, ChangeStream, Scope};
 use crate::plan::{Address, Domain, Fdb, Key, Neighbour, Object};
 
