@@ -69,7 +69,9 @@ pub enum Change {
     Gone(Key),
     /// Something of a device of ours changed, or of something that ours depend on: look again.
     Device(DeviceName),
-    /// Links, addresses or routes of the host changed: the underlay may be another.
+    /// A device that is not ours came, went, or changed its state, name or MTU.
+    Link(DeviceName),
+    /// Addresses or routes of the host changed: the underlay may be another.
     Host,
     /// Something in a domain moved, or hints about that domain alone were lost: observe it again.
     Domain(Domain),

@@ -117,7 +117,7 @@ impl Engine {
 
     fn kernel_condition(&self) -> Condition {
         let kind = ConditionKind::Kernel;
-        if let Some(error) = &self.look_failed {
+        if let Some(error) = self.unseen.values().next() {
             return failed(kind, error.to_string());
         }
         if let Some((_, conflict)) = self.view.iter().flat_map(|v| &v.blocking).next() {
@@ -178,7 +178,8 @@ impl Engine {
                 counts.pending += 1;
             }
         }
-        if self.programmed && self.view.is_some() && self.no_ground().is_none() {
+        let blocked = self.view.as_ref().is_none_or(|v| !v.blocking.is_empty());
+        if self.programmed && !blocked {
             counts.connected = total.saturating_sub(troubled.len());
         }
         counts
@@ -201,9 +202,7 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let cut_off = || self.no_ground().map(|c| PeerState::Unreachable { reason: c.to_string() });
-                let state = self.trouble_of(&lease.node, family).or_else(cut_off);
-                let state = state.or_else(|| self.connected(verdict));
+                let state = self.trouble_of(&lease.node, family).or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
             })
             .collect();

@@ -75,6 +75,7 @@ async fn fault_40_a_runner_dropped_at_any_poll_leaves_no_socket_and_the_next_sta
 
         let running = spawn(builder("me", host.netns(), subnets)).await;
         running.until(connected(3)).await;
+        assert!(eye.sockets().0 > idle.0 && eye.sockets().1 == 1, "{:?}", eye.sockets());
         assert_same(&whole, &eye.settled().ours());
         let report = running.overlay.shutdown(Shutdown::RemoveState).await.unwrap();
         assert!(report.is_clean(), "{report:?}");
@@ -88,6 +89,7 @@ async fn fault_40_a_runner_dropped_at_any_poll_leaves_no_socket_and_the_next_sta
         }
         polls += 1;
     }
+    println!("it was dropped {polls} times");
     assert!(polls > 5, "it was dropped {polls} times");
 }
 

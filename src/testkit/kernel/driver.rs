@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
 use super::hints::Listener;
+use super::state::ENXIO;
 use super::{Death, Inner, Stop};
 use crate::driver::{ChangeStream, DriverError, Errno, Scope, UnitResult};
 use crate::plan::{Domain, Step, UnitPlan};
@@ -134,7 +135,7 @@ pub(super) fn in_the_way(attempted: impl ToString, with: String, advice: &str) -
 /// Deleting what is absent is success.
 pub(super) fn absent_is_fine(result: Result<(), Stop>) -> Result<(), Stop> {
     match result {
-        Err(Stop::Refused(Errno::NOENT | Errno::SRCH | Errno::ADDRNOTAVAIL | Errno::NODEV)) => Ok(()),
+        Err(Stop::Refused(Errno::NOENT | Errno::SRCH | Errno::ADDRNOTAVAIL | Errno::NODEV | ENXIO)) => Ok(()),
         other => other,
     }
 }

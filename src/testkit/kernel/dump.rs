@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use super::state::{KernelRoute, LinkState, PROTOCOL_OURS, State};
+use super::PROTOCOL_OURS;
+use super::state::{KernelRoute, LinkState, State};
 use crate::plan::{NextHop, Route, SysctlName};
 use crate::types::{DeviceName, Family};
 

@@ -9,8 +9,9 @@ use std::task::{Poll, Waker};
 use futures::StreamExt;
 use futures::stream::poll_fn;
 
+use super::PROTOCOL_OURS;
 use super::ownership::{inside, matters};
-use super::state::{Event, KernelRoute, PROTOCOL_OURS, Told};
+use super::state::{Event, KernelRoute, Told};
 use crate::driver::{Change, ChangeStream, Scope};
 use crate::plan::{Address, Domain, Fdb, Key, Neighbour, Object};
 
@@ -111,7 +112,7 @@ impl Listener {
         };
         match event {
             Event::Link(name) if ours(name) => vec![Change::Device(name.clone())],
-            Event::Link(_) => vec![Change::Host],
+            Event::Link(name) => vec![Change::Link(name.clone())],
             Event::Address(device, address, present) if ours(device) => {
                 if !inside(&self.scope, *address) {
                     return Vec::new();

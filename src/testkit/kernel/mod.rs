@@ -38,11 +38,10 @@ use crate::driver::{Change, Driver, Errno};
 use crate::plan::{Key, NextHop, SysctlName};
 use crate::types::{DeviceName, Family};
 
+pub use crate::driver::netlink::{ALIAS as ALIAS_OURS, PROTOCOL as PROTOCOL_OURS};
 pub use faults::{Death, Faults};
 pub use operation::{Operation, World};
-pub use state::{
-    ALIAS_OURS, KernelRoute, PROTOCOL_BOOT, PROTOCOL_DHCP, PROTOCOL_KERNEL, PROTOCOL_OURS, PROTOCOL_STATIC, RouteMode,
-};
+pub use state::{KernelRoute, PROTOCOL_BOOT, PROTOCOL_DHCP, PROTOCOL_KERNEL, PROTOCOL_STATIC, RouteMode};
 
 use driver::Port;
 use faults::{Fate, FaultState};

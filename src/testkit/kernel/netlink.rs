@@ -6,7 +6,8 @@ use async_trait::async_trait;
 use super::driver::{Failure, Port, absent_is_fine, failure, in_the_way, refused};
 use super::dump::{link_line, route_line};
 use super::ownership::{has_legacy_marks, inside, is_adoptable, link_owner, matters, over_our_device};
-use super::state::{ALIAS_OURS, KernelRoute, LinkState, PROTOCOL_KERNEL, PROTOCOL_OURS, RouteMode, State};
+use super::state::{KernelRoute, LinkState, PROTOCOL_KERNEL, RouteMode, State};
+use super::{ALIAS_OURS, PROTOCOL_OURS};
 use super::{Inner, Stop};
 use crate::driver::{
     ChangeStream, Driver, DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, Scope, UnitResult,

@@ -3,13 +3,14 @@
 
 use std::fmt::Debug;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use ipnetwork::IpNetwork;
 
 use super::FakeKernel;
 use super::state::{Answer, KernelRoute, RouteMode};
-use crate::driver::Errno;
+use crate::driver::{Driver, Errno};
 use crate::plan::{Link, Vxlan};
 use crate::types::{DeviceName, MacAddr};
 
@@ -51,7 +52,7 @@ pub enum Operation {
     FdbDel(DeviceName, MacAddr, IpAddr),
     /// `ip route add`, `replace` or `append`.
     RoutePut(KernelRoute, RouteMode),
-    /// `ip route del DESTINATION metric METRIC`, of a protocol or of any.
+    /// `ip route del DESTINATION metric METRIC`, of a protocol or of any. To the kernel metric 0 means any.
     RouteDel(IpNetwork, u32, Option<u8>),
 }
 
@@ -61,8 +62,11 @@ pub trait World: Debug + Send {
     /// Does it; the kernel's answer.
     async fn act(&mut self, operation: &Operation) -> Result<(), Errno>;
 
-    /// The state as [`FakeKernel::dump`] writes it, without sysctls and firewall tables.
+    /// The state as [`FakeKernel::dump`] writes it, without `lo`, IPv6 link-local addresses, sysctls and firewall tables.
     async fn look(&mut self) -> String;
+
+    /// The driver of links, addresses, neighbours, FDB and routes that works here.
+    fn netlink(&self) -> Arc<dyn Driver>;
 }
 
 #[async_trait]
@@ -72,12 +76,15 @@ impl World for FakeKernel {
     }
 
     async fn look(&mut self) -> String {
-        let lines = self.dump();
-        lines
-            .lines()
-            .filter(|l| !l.starts_with("sysctl") && !l.starts_with("table"))
-            .map(|l| format!("{l}\n"))
-            .collect()
+        let text = self.dump();
+        let left_out = |line: &str| {
+            ["sysctl ", "table ", "link lo "].iter().any(|start| line.starts_with(start)) || line.ends_with(" dev lo")
+        };
+        text.lines().filter(|line| !left_out(line)).map(|line| format!("{line}\n")).collect()
+    }
+
+    fn netlink(&self) -> Arc<dyn Driver> {
+        FakeKernel::netlink(self)
     }
 }
 
@@ -106,9 +113,9 @@ impl FakeKernel {
                 Operation::FdbAppend(name, mac, remote) => s.fdb_append(name, *mac, *remote),
                 Operation::FdbDel(name, mac, remote) => s.fdb_del(name, *mac, Some(*remote)),
                 Operation::RoutePut(route, mode) => s.route_put(route, *mode),
-                Operation::RouteDel(destination, metric, protocol) => {
-                    s.route_del(*destination, |r| r.metric == *metric && protocol.is_none_or(|p| p == r.protocol))
-                }
+                Operation::RouteDel(destination, metric, protocol) => s.route_del(*destination, |r| {
+                    (*metric == 0 || r.metric == *metric) && protocol.is_none_or(|p| p == r.protocol)
+                }),
             }
         })
     }

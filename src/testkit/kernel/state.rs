@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 
 use crate::driver::Errno;
+use crate::driver::netlink::ALIAS as ALIAS_OURS;
 use crate::masquerade::Ruleset;
 use crate::plan::{Conflict, Link, LinkKind, NextHop, Route, SysctlName, Vxlan};
 use crate::types::{DeviceName, Family, MacAddr};
@@ -22,14 +23,11 @@ pub const PROTOCOL_BOOT: u8 = 3;
 pub const PROTOCOL_STATIC: u8 = 4;
 /// `RTPROT_DHCP`.
 pub const PROTOCOL_DHCP: u8 = 16;
-/// Ours.
-pub const PROTOCOL_OURS: u8 = 112;
-/// The alias of links that are ours.
-pub const ALIAS_OURS: &str = "podnet";
 
 /// The least MTU with which a device speaks IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
 
+pub(super) const ENXIO: Errno = Errno(6);
 pub(super) const EAFNOSUPPORT: Errno = Errno(97);
 pub(super) const EADDRINUSE: Errno = Errno(98);
 pub(super) const ENETUNREACH: Errno = Errno(101);
@@ -100,6 +98,8 @@ pub(super) struct LinkState {
     pub(super) kind: String,
     pub(super) vxlan: Option<Vxlan>,
     pub(super) mtu: u32,
+    /// Whether it has an IPv6 side. The kernel looks at the MTU when it is made, set, and when the device goes up.
+    pub(super) speaks_ipv6: bool,
     pub(super) mac: MacAddr,
     pub(super) up: bool,
     pub(super) carrier: bool,
@@ -111,10 +111,6 @@ pub(super) struct LinkState {
 }
 
 impl LinkState {
-    fn speaks_ipv6(&self) -> bool {
-        self.mtu >= IPV6_MIN_MTU
-    }
-
     pub(super) fn is_ours(&self) -> bool {
         self.vxlan.is_some() && self.alias.as_deref() == Some(ALIAS_OURS)
     }
@@ -207,6 +203,7 @@ impl State {
             kind: kind.to_owned(),
             vxlan: None,
             mtu,
+            speaks_ipv6: mtu >= IPV6_MIN_MTU,
             mac: MacAddr::derived(format!("{name}/{index}").as_bytes()),
             up: false,
             carrier: true,
@@ -247,11 +244,13 @@ impl State {
         if taken {
             return Err(Errno::EXIST);
         }
+        let mtu = link.mtu.bytes().min(most);
         self.insert_link(&link.name, |index| LinkState {
             index,
             kind: "vxlan".to_owned(),
             vxlan: Some(vxlan.clone()),
-            mtu: link.mtu.bytes().min(most),
+            mtu,
+            speaks_ipv6: mtu >= IPV6_MIN_MTU,
             mac: link.mac,
             up: false,
             carrier: true,
@@ -271,18 +270,21 @@ impl State {
         }
     }
 
-    /// Changes a VXLAN device in place. The MTU is cut when the lower device becomes another, and then only.
+    /// Changes a VXLAN device in place. The MTU is cut when the lower device becomes another, and then only; nobody in the
+    /// kernel is told, so that IPv6 goes on below 1280 bytes.
     pub(super) fn vxlan_alter(&mut self, name: &DeviceName, to: &Vxlan) -> Answer {
         let link = self.link(name)?;
         let Some(is) = &link.vxlan else { return Err(Errno::OPNOTSUPP) };
-        if (is.vni, is.port, is.gbp) != (to.vni, to.port, to.gbp) {
+        // GBP is a flag that a request can only set.
+        if (is.vni, is.port) != (to.vni, to.port) || (to.gbp && !is.gbp) {
             return Err(Errno::OPNOTSUPP);
         }
         if is.local.is_ipv4() != to.local.is_ipv4() {
             return Err(Errno::OPNOTSUPP);
         }
         // A lower device can be exchanged, not taken away.
-        let to = Vxlan { underlay: to.underlay.clone().or_else(|| is.underlay.clone()), ..to.clone() };
+        let underlay = to.underlay.clone().or_else(|| is.underlay.clone());
+        let to = Vxlan { underlay, gbp: is.gbp, ..to.clone() };
         let other_lower = is.underlay != to.underlay;
         let most = self.vxlan_most(&to)?;
         let link = self.link_mut(name)?;
@@ -291,7 +293,6 @@ impl State {
         }
         link.vxlan = Some(to);
         self.echo(Event::Link(name.clone()));
-        self.mtu_moved(name);
         Ok(())
     }
 
@@ -313,8 +314,10 @@ impl State {
             self.link_down(name)?;
         }
         self.flush_neighbours(name, None);
-        for address in self.addresses.remove(name).unwrap_or_default() {
+        let addresses = self.addresses.remove(name).unwrap_or_default();
+        for address in addresses {
             self.tell(Event::Address(name.clone(), address, false));
+            self.source_gone(address.ip());
         }
         let entries: Vec<_> = self.fdb.keys().filter(|(device, _)| device == name).cloned().collect();
         for key in entries {
@@ -363,6 +366,7 @@ impl State {
         for address in self.addresses.get(name).cloned().unwrap_or_default() {
             self.add_connected(name, address);
         }
+        self.look_at_mtu(name);
         Ok(())
     }
 
@@ -387,13 +391,15 @@ impl State {
         }
         self.link_mut(name)?.mtu = mtu;
         self.echo(Event::Link(name.clone()));
-        self.mtu_moved(name);
+        self.look_at_mtu(name);
         Ok(())
     }
 
     /// Below 1280 bytes a device does not speak IPv6.
-    fn mtu_moved(&mut self, name: &DeviceName) {
-        if self.links.get(name).is_some_and(|l| !l.speaks_ipv6()) {
+    fn look_at_mtu(&mut self, name: &DeviceName) {
+        let Some(link) = self.links.get_mut(name) else { return };
+        link.speaks_ipv6 = link.mtu >= IPV6_MIN_MTU;
+        if !link.speaks_ipv6 {
             self.disable_ipv6(name);
         }
     }
@@ -443,6 +449,7 @@ impl State {
         let gone: Vec<IpNetwork> = gone;
         for address in gone {
             self.tell(Event::Address(name.clone(), address, false));
+            self.source_gone(address.ip());
         }
     }
 
@@ -490,7 +497,7 @@ impl State {
 
     pub(super) fn addr_add(&mut self, name: &DeviceName, address: IpNetwork) -> Answer {
         let link = self.link(name)?;
-        if address.is_ipv6() && !link.speaks_ipv6() {
+        if address.is_ipv6() && !link.speaks_ipv6 {
             return Err(Errno::INVAL);
         }
         let up = link.up;
@@ -498,7 +505,22 @@ impl State {
         if list.iter().any(|a| a.ip() == address.ip() && (a.is_ipv6() || a.prefix() == address.prefix())) {
             return Err(Errno::EXIST);
         }
-        list.push(address);
+        let is_secondary = |list: &[IpNetwork], of: IpNetwork| list.iter().any(|a| canonical(*a) == canonical(of));
+        let place = match address {
+            // The newest first.
+            IpNetwork::V6(_) => list.iter().position(|a| a.is_ipv6()).unwrap_or(list.len()),
+            // Primaries, then secondaries.
+            IpNetwork::V4(_) => {
+                let v4: Vec<IpNetwork> = list.iter().copied().filter(|a| a.is_ipv4()).collect();
+                let primary = |(i, a): (usize, &IpNetwork)| !is_secondary(v4.get(..i).unwrap_or_default(), *a);
+                if is_secondary(&v4, address) {
+                    v4.len()
+                } else {
+                    v4.iter().enumerate().filter(|p| primary(*p)).count()
+                }
+            }
+        };
+        list.insert(place, address);
         self.echo(Event::Address(name.clone(), address, true));
         if up {
             self.add_connected(name, address);
@@ -509,7 +531,10 @@ impl State {
     /// Removes an address. With the primary of an IPv4 subnet its secondaries go; with the last IPv4 address of a
     /// device its IPv4 routes (silently) and its permanent IPv4 neighbours go. IPv6 does neither.
     pub(super) fn addr_del(&mut self, name: &DeviceName, address: IpNetwork) -> Answer {
-        self.link(name)?;
+        let link = self.link(name)?;
+        if address.is_ipv6() && !link.speaks_ipv6 {
+            return Err(ENXIO);
+        }
         let list = self.addresses.entry(name.clone()).or_default();
         let Some(place) = list.iter().position(|a| *a == address) else {
             return Err(Errno::ADDRNOTAVAIL);
@@ -596,7 +621,7 @@ impl State {
     /// `NLM_F_CREATE | NLM_F_REPLACE`, `NUD_PERMANENT`. The device need not be up.
     pub(super) fn neigh_replace(&mut self, name: &DeviceName, address: IpAddr, mac: MacAddr) -> Answer {
         let link = self.link(name)?;
-        if address.is_ipv6() && !link.speaks_ipv6() {
+        if address.is_ipv6() && !link.speaks_ipv6 {
             return Err(Errno::INVAL);
         }
         let before = self.neighbours.insert((name.clone(), address), mac);
@@ -621,14 +646,14 @@ impl State {
         }
     }
 
-    /// `NLM_F_CREATE | NLM_F_REPLACE`: of a unicast MAC the one remote is changed in place; zero and multicast MACs that
-    /// are there refuse it.
+    /// `NLM_F_CREATE | NLM_F_REPLACE`: of a unicast MAC the one remote is changed in place; zero and multicast MACs refuse
+    /// it.
     pub(super) fn fdb_replace(&mut self, name: &DeviceName, mac: MacAddr, remote: IpAddr) -> Answer {
         self.fdb_device(name, Some(remote))?;
-        let list = self.fdb.entry((name.clone(), mac)).or_default();
-        if !list.is_empty() && !mac.is_usable() {
+        if !mac.is_usable() {
             return Err(Errno::OPNOTSUPP);
         }
+        let list = self.fdb.entry((name.clone(), mac)).or_default();
         let told = match list.first() {
             Some(before) if *before == remote => return Ok(()),
             Some(_) => Told::Replaced,
@@ -652,15 +677,12 @@ impl State {
         Ok(())
     }
 
-    /// Deletes one remote of a MAC, or all.
+    /// Deletes one remote of a MAC, or all. A remote that a known MAC does not have is deleted with success.
     pub(super) fn fdb_del(&mut self, name: &DeviceName, mac: MacAddr, remote: Option<IpAddr>) -> Answer {
-        self.fdb_device(name, remote)?;
+        self.fdb_device(name, None)?;
         let key = (name.clone(), mac);
         let list = self.fdb.get_mut(&key).ok_or(Errno::NOENT)?;
         let gone: Vec<IpAddr> = list.iter().filter(|r| remote.is_none_or(|only| only == **r)).copied().collect();
-        if gone.is_empty() {
-            return Err(Errno::NOENT);
-        }
         list.retain(|r| !gone.contains(r));
         if list.is_empty() {
             self.fdb.remove(&key);
@@ -717,15 +739,19 @@ impl State {
     fn check_next_v4(&self, route: &KernelRoute) -> Answer {
         match &route.next {
             NextHop::Gateway { device, address, onlink } => {
-                let link = self.link(device)?;
                 if *onlink {
-                    if !link.up {
+                    if !self.link(device)?.up {
                         return Err(Errno::NETDOWN);
                     }
                     if !is_unicast(*address) || self.is_local(*address) {
                         return Err(Errno::INVAL);
                     }
-                } else if !self.is_local_on(device, *address) && !self.is_on_link_v4(device, *address) {
+                } else if self.addresses.get(device).is_some_and(|l| l.iter().any(|a| a.ip() == *address)) {
+                    // Our own address there will do, but it is found on a device that is down too.
+                    if !self.link(device)?.up {
+                        return Err(Errno::NETDOWN);
+                    }
+                } else if !self.is_on_link_v4(device, *address) {
                     return Err(ENETUNREACH);
                 }
             }
@@ -734,7 +760,8 @@ impl State {
                     return Err(Errno::NETDOWN);
                 }
             }
-            NextHop::Blackhole => {}
+            // Its source is not looked at.
+            NextHop::Blackhole => return Ok(()),
         }
         match route.source {
             Some(source) if !self.is_local(source) => Err(Errno::INVAL),
@@ -745,7 +772,7 @@ impl State {
     fn check_next_v6(&self, route: &KernelRoute) -> Answer {
         let Some(device) = route.next.device() else { return Ok(()) };
         let link = self.link(device)?;
-        if !link.speaks_ipv6() {
+        if !link.speaks_ipv6 {
             return Err(Errno::NODEV);
         }
         if let NextHop::Gateway { address, onlink, .. } = &route.next {
@@ -755,16 +782,19 @@ impl State {
             if !is_unicast(*address) || self.is_local(*address) {
                 return Err(Errno::INVAL);
             }
-            let found = self.lookup_v6(device, *address);
             if *onlink {
                 // The gateway must not be known to be elsewhere; a default route does not say so.
+                let found = self.lookup_v6(device, *address);
                 let elsewhere =
                     found.is_some_and(|r| r.destination.prefix() > 0 && r.next.device().is_some_and(|d| d != device));
                 if elsewhere {
                     return Err(Errno::INVAL);
                 }
-            } else if !found.is_some_and(|r| r.next == NextHop::Device(device.clone())) {
-                return Err(EHOSTUNREACH);
+            } else {
+                let found = self.covering(*address).find(|r| r.next.device() == Some(device));
+                if !found.is_some_and(|r| matches!(r.next, NextHop::Device(_))) {
+                    return Err(EHOSTUNREACH);
+                }
             }
         }
         if !link.up {
@@ -773,31 +803,23 @@ impl State {
         Ok(())
     }
 
-    fn is_local_on(&self, device: &DeviceName, address: IpAddr) -> bool {
-        self.links.get(device).is_some_and(|l| l.up)
-            && self.addresses.get(device).is_some_and(|l| l.iter().any(|a| a.ip() == address))
-    }
-
     /// Whether a route of link scope on the device covers the address: routes by a gateway do not count.
     fn is_on_link_v4(&self, device: &DeviceName, address: IpAddr) -> bool {
         self.covering(address).any(|r| r.next == NextHop::Device(device.clone()))
     }
 
-    /// The longest match; of equals the one on the device.
+    /// The longest match of the lowest metric; of equals the one on the device.
     fn lookup_v6(&self, device: &DeviceName, address: IpAddr) -> Option<&KernelRoute> {
-        let mut covering = self.covering(address).peekable();
-        let longest = covering.peek()?.destination;
-        let mut first = None;
-        for route in covering.take_while(|r| r.destination == longest) {
-            if route.next.device() == Some(device) {
-                return Some(route);
-            }
-            first = first.or(Some(route));
+        let mut covering = self.covering(address);
+        let best = covering.next()?;
+        let mut equals = covering.take_while(|r| (r.destination, r.metric) == (best.destination, best.metric));
+        if best.next.device() == Some(device) {
+            return Some(best);
         }
-        first
+        equals.find(|r| r.next.device() == Some(device)).or(Some(best))
     }
 
-    /// Routes whose destination covers an address, longest prefix first.
+    /// Routes whose destination covers an address, longest prefix first, then lowest metric.
     fn covering(&self, address: IpAddr) -> impl Iterator<Item = &KernelRoute> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         (0..=bits).rev().filter_map(move |prefix| IpNetwork::new(address, prefix).ok().map(canonical)).flat_map(

@@ -337,7 +337,9 @@ async fn replacing_the_entry_of_a_unicast_mac_changes_its_remote_in_place_and_ap
     assert!(has(&kernel, "fdb 02:00:00:00:00:02 dst 192.168.5.2") && !kernel.dump().contains("dst 192.168.5.9"));
     kernel.fdb_replace(&dev("flannel.1"), mac(2), ip("192.168.5.9")).unwrap();
     assert!(has(&kernel, "fdb 02:00:00:00:00:02 dst 192.168.5.9") && !kernel.dump().contains("dst 192.168.5.2"));
-    assert_eq!(kernel.fdb_del(&dev("flannel.1"), mac(2), Some(ip("192.168.5.2"))), Err(Errno::NOENT));
+    assert_eq!(kernel.fdb_del(&dev("flannel.1"), mac(2), Some(ip("192.168.5.2"))), Ok(()), "nothing happens");
+    assert!(has(&kernel, "fdb 02:00:00:00:00:02 dst 192.168.5.9"));
+    assert_eq!(kernel.fdb_del(&dev("flannel.1"), mac(9), Some(ip("192.168.5.2"))), Err(Errno::NOENT));
     assert_eq!(kernel.fdb_replace(&dev("flannel.1"), mac(7), ip("fd00::7")), Err(Errno(97)));
 }
 
@@ -635,6 +637,17 @@ async fn a_process_killed_at_any_write_leaves_what_was_written_and_the_next_one_
         let dead = tokio::time::timeout(Duration::from_millis(1), old.observe(&scope())).await;
         assert!(dead.is_err(), "the dead do not come back");
     }
+}
+
+#[tokio::test]
+async fn a_device_that_was_made_but_not_marked_before_the_end_is_known_as_ours_without_adoption() {
+    let kernel = bare();
+    kernel.faults().kill_at(1, Death::Hang);
+    let _ = tokio::time::timeout(Duration::from_millis(1), converge(&kernel, &desired())).await;
+    kernel.restart();
+    let seen = kernel.netlink().observe(&Scope { adopt: false, ..scope() }).await.unwrap();
+    assert!(seen.conflicts.is_empty());
+    assert!(matches!(seen.objects.as_slice(), [(Object::Link(_), Owner::Adoptable)]), "{:?}", seen.objects);
 }
 
 #[tokio::test]
