@@ -1,5 +1,7 @@
 //! What the tests of podnet as a whole share: a node over a fake kernel, and waiting for a state with a deadline.
 
+pub mod real;
+
 use std::sync::Arc;
 use std::time::Duration;
 
