@@ -343,9 +343,32 @@ impl Admission {
         if self.policy == policy {
             return Vec::new();
         }
+        let addresses = std::mem::replace(&mut self.policy.own_addresses, policy.own_addresses.clone());
+        if self.policy == policy {
+            return self.judge_addresses(&addresses);
+        }
         self.policy = policy;
         let leases: Vec<Lease> = self.peers.values().map(|p| p.lease.clone()).collect();
         self.replace(leases, true)
+    }
+
+    /// Judges those alone whose address this node got or gave up: addresses come and go with every service on some hosts.
+    fn judge_addresses(&mut self, before: &BTreeSet<IpAddr>) -> Vec<VerdictChange> {
+        let moved: BTreeSet<IpAddr> = before.symmetric_difference(&self.policy.own_addresses).copied().collect();
+        let concerned: Vec<Lease> = self
+            .peers
+            .values()
+            .filter(|p| {
+                let mut endpoints = p.lease.offers.iter().flat_map(|o| Family::BOTH.map(|f| o.endpoint(f)));
+                endpoints.any(|e| e.is_some_and(|e| moved.contains(&e.public_ip)))
+            })
+            .map(|p| p.lease.clone())
+            .collect();
+        let mut run = Run::default();
+        for lease in concerned {
+            self.put(lease, true, &mut run);
+        }
+        self.settle(run)
     }
 
     /// The set of leases is now exactly this.

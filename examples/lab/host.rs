@@ -12,7 +12,9 @@ use futures::TryStreamExt as _;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State};
+use netlink_packet_route::link::{
+    InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
+};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
@@ -55,6 +57,34 @@ pub struct LinkState {
     pub up: bool,
     /// Operational state up or unknown (a device that does not report one), and IFF_UP.
     pub running: bool,
+}
+
+/// What a VXLAN device is made with. Prints as `ip -d link` does.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct VxlanState {
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// Source address of what it sends.
+    pub local: Option<IpAddr>,
+    /// The device below it.
+    pub lower: Option<String>,
+    /// UDP destination port.
+    pub port: u16,
+    /// Whether it learns where senders are.
+    pub learning: bool,
+}
+
+impl fmt::Display for VxlanState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vxlan id {}", self.vni)?;
+        if let Some(local) = self.local {
+            write!(f, " local {local}")?;
+        }
+        if let Some(lower) = &self.lower {
+            write!(f, " dev {lower}")?;
+        }
+        write!(f, " dstport {} {}", self.port, if self.learning { "learning" } else { "nolearning" })
+    }
 }
 
 /// A unicast route of the main table. Prints as `ip route` does.
@@ -218,6 +248,37 @@ impl Host {
             Err(error) if error.is_absent() => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// What a VXLAN device is made with.
+    pub async fn vxlan(&self, name: &str) -> Result<VxlanState, LabError> {
+        let message = self.handle.link().get().match_name(name).execute().try_next().await;
+        let message = message.context(|| self.says(format_args!("looking up {name}")))?;
+        let infos = message.iter().flat_map(|link| &link.attributes).find_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
+                LinkInfo::Data(InfoData::Vxlan(infos)) => Some(infos),
+                _ => None,
+            }),
+            _ => None,
+        });
+        let Some(infos) = infos else {
+            return Err(LabError::Invalid(self.says(format_args!("{name} is no VXLAN device"))));
+        };
+        let mut vxlan = VxlanState::default();
+        for info in infos {
+            match info {
+                InfoVxlan::Id(vni) => vxlan.vni = *vni,
+                InfoVxlan::Local(address) => vxlan.local = Some((*address).into()),
+                InfoVxlan::Local6(address) => vxlan.local = Some((*address).into()),
+                InfoVxlan::Port(port) => vxlan.port = *port,
+                InfoVxlan::Learning(learning) => vxlan.learning = *learning,
+                InfoVxlan::Link(index) => {
+                    vxlan.lower = self.links().await?.into_iter().find(|link| link.index == *index).map(|l| l.name);
+                }
+                _ => {}
+            }
+        }
+        Ok(vxlan)
     }
 
     async fn change(
@@ -622,6 +683,11 @@ fn route_of(message: &RouteMessage, named: &impl Fn(u32) -> Option<String>) -> O
     Some(route)
 }
 
+fn remote_of(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+}
+
 fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
     let mut neighbour =
         Neighbour { address: None, mac: None, permanent: message.header.state == NeighbourState::Permanent };
@@ -633,6 +699,8 @@ fn neighbour_of(message: &NeighbourMessage) -> Neighbour {
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
                 neighbour.address = Some((*address).into())
             }
+            // An FDB entry is of family AF_BRIDGE, which says nothing of its remote's family: its length does.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => neighbour.address = remote_of(bytes),
             NeighbourAttribute::LinkLayerAddress(mac) => neighbour.mac = mac.as_slice().try_into().ok(),
             _ => {}
         }

@@ -1,6 +1,7 @@
 //! The lab: hosts, pods and wires made of network namespaces, for the demo, the tests and the benches.
 //!
-//! It exists so that podnet can be judged by something that is not podnet: the lab never calls podnet, and podnet never calls the lab.
+//! It exists so that podnet can be judged by something that is not podnet: the lab never calls podnet, and podnet never calls the lab;
+//! [`demo`] alone knows both.
 //! It runs no program (`ip`, `nft`, `ping`): everything goes over netlink and sockets. It works as root, and as an ordinary user where user
 //! namespaces are allowed ([`userns`]). It never touches the namespace the process started in, and never changes the namespace
 //! of a thread that it did not start itself, so that it is safe inside a tokio runtime and inside libtest.
@@ -19,9 +20,11 @@
 //! Everything vanishes when the last handle to it is dropped, also when the process is killed: there are no names in the file system.
 
 pub mod cluster;
+pub mod demo;
 pub mod error;
 pub mod host;
 pub mod netns;
+pub mod nexthops;
 pub mod pods;
 pub mod probe;
 pub mod services;
@@ -30,7 +33,7 @@ pub mod wait;
 
 pub use cluster::{Family, Lab, LabSpec, Node, Underlay};
 pub use error::LabError;
-pub use host::{Host, LinkState, Neighbour, Route, veth};
+pub use host::{Host, LinkState, Neighbour, Route, VxlanState, veth};
 pub use netns::{Netns, NetnsTask};
 pub use pods::{Pod, PodNetwork};
 pub use userns::{Privilege, enter_user_namespace_if_needed};

@@ -47,6 +47,8 @@ const COLLECT: Duration = Duration::from_millis(20);
 /// a core at most; the full check rests [`CHECK_REST`] times its length: 0.2 % of a core.
 const HINT_REST: u32 = 3;
 const CHECK_REST: u32 = 500;
+/// How long after a look that failed the next one follows.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long after a driver's hints ended they are asked for again.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// Lease events and hints that are taken in before the kernel is next touched.
@@ -90,6 +92,8 @@ pub(crate) struct Engine {
     host: Option<HostView>,
     warnings: BTreeMap<Domain, Vec<Conflict>>,
     view: Option<View>,
+    /// Lease, host or devices changed since the view was made.
+    view_stale: bool,
     no_view: Option<NoView>,
     admission: Option<Admission>,
     /// Leases that came before admission could begin.
@@ -110,7 +114,12 @@ pub(crate) struct Engine {
     stale: BTreeSet<Domain>,
     look_at: Moment,
     check_at: Moment,
-    look_failed: Option<DriverError>,
+    /// When the last round of work began.
+    round_at: Moment,
+    /// Domains whose last look failed, and why: nothing is changed there.
+    unseen: BTreeMap<Domain, DriverError>,
+    /// When those are tried again.
+    look_again_at: Option<Moment>,
     /// Settings of the host that this run changed: they stay.
     settings_made: BTreeMap<SysctlName, String>,
     /// This node's own objects were all in the kernel once.
@@ -141,6 +150,7 @@ impl Engine {
             host: None,
             warnings: BTreeMap::new(),
             view: None,
+            view_stale: false,
             no_view: None,
             admission: None,
             snapshot: None,
@@ -155,7 +165,9 @@ impl Engine {
             stale: BTreeSet::new(),
             look_at: now,
             check_at: now,
-            look_failed: None,
+            round_at: now,
+            unseen: BTreeMap::new(),
+            look_again_at: None,
             settings_made: BTreeMap::new(),
             programmed: false,
             running: false,
@@ -190,27 +202,24 @@ impl Engine {
         tokio::select! {
             biased;
             Some(command) = self.commands.recv() => return Some(command),
-            happened = self.control.next() => {
-                self.note(happened);
-                for _ in 0..BURST {
-                    match self.control.ready_event() {
-                        Some(happened) => self.note(happened),
-                        None => break,
-                    }
-                }
-            }
-            Some(change) = self.changes.next(), if !self.changes.is_empty() => {
-                self.hint(change);
-                for _ in 0..BURST {
-                    match self.changes.next().now_or_never().flatten() {
-                        Some(change) => self.hint(change),
-                        None => break,
-                    }
-                }
-            }
+            happened = self.control.next() => self.note(happened),
+            Some(change) = self.changes.next(), if !self.changes.is_empty() => self.hint(change),
             () = clock.sleep_until(until) => {}
         }
+        self.take_what_is_ready();
         None
+    }
+
+    /// Takes in what else has come, so that a burst is one round; neither source can starve the other.
+    fn take_what_is_ready(&mut self) {
+        for _ in 0..BURST {
+            let Some(happened) = self.control.ready_event() else { break };
+            self.note(happened);
+        }
+        for _ in 0..BURST {
+            let Some(change) = self.changes.next().now_or_never().flatten() else { break };
+            self.hint(change);
+        }
     }
 
     fn next_moment(&self) -> Moment {
@@ -218,9 +227,11 @@ impl Engine {
         let look = (!self.stale.is_empty()).then_some(self.look_at);
         let known = self.scope.is_some();
         let check = known.then_some(self.check_at);
-        [self.control.due(), retry.filter(|_| known), look.filter(|_| known), check, self.listen_at]
+        // What was due when the last round began has had its turn: if nothing came of it, something else must happen first.
+        [self.control.due(), retry.filter(|_| known), look.filter(|_| known), check, self.listen_at, self.look_again_at]
             .into_iter()
             .flatten()
+            .filter(|moment| *moment > self.round_at)
             .min()
             .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
     }
@@ -228,6 +239,7 @@ impl Engine {
     /// Does everything that is due.
     async fn work(&mut self) {
         let now = self.settings.clock.now();
+        self.round_at = now;
         if self.scope.is_none() {
             self.open_scope().await;
         }
@@ -239,14 +251,13 @@ impl Engine {
             self.listen_at = Some(now + LISTEN_AGAIN);
         }
         let Some(_) = &self.scope else { return };
-        if self.failures.values().any(|f| now >= f.retry_at) {
-            self.compare = true;
-            let domains: Vec<Domain> = self.drivers.iter().map(|d| d.domain()).collect();
-            self.stale.extend(domains);
-        }
-        let check = now >= self.check_at;
+        // The kernel may hold something else than the picture, which may be why it refused: a look before the next try.
+        let check = now >= self.check_at || self.failures.values().any(|f| now >= f.retry_at);
         if check {
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+        }
+        if self.look_again_at.is_some_and(|at| now >= at) {
+            self.stale.extend(self.unseen.keys().cloned());
         }
         if !self.stale.is_empty() && (check || now >= self.look_at) {
             self.look().await;
@@ -288,7 +299,6 @@ impl Engine {
     async fn look(&mut self) {
         let Some(scope) = self.scope.clone() else { return };
         let begun = self.settings.clock.now();
-        let mut failed = None;
         for driver in self.drivers.clone() {
             let domain = driver.domain();
             if !self.stale.contains(&domain) {
@@ -297,13 +307,20 @@ impl Engine {
             match driver.observe(&scope).await {
                 Ok(observed) => {
                     self.stale.remove(&domain);
+                    self.unseen.remove(&domain);
                     self.picture.observe(&domain, observed.objects, observed.conflicts);
                     self.warnings.insert(domain, observed.warnings);
                     if let Some(host) = observed.host {
                         self.host = Some(host);
                     }
                 }
-                Err(error) => failed = Some(error),
+                Err(error) => {
+                    self.stale.remove(&domain);
+                    if self.unseen.get(&domain) != Some(&error) {
+                        tracing::warn!(%error, %domain, "the kernel could not be read; it is tried again");
+                    }
+                    self.unseen.insert(domain, error);
+                }
             }
         }
         let now = self.settings.clock.now();
@@ -318,13 +335,8 @@ impl Engine {
                 );
         self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
         self.look_at = now + took * HINT_REST;
-        if let Some(error) = &failed {
-            if self.look_failed.as_ref() != Some(error) {
-                tracing::warn!(%error, "the kernel could not be read; it is tried again");
-            }
-            self.look_at = now + Duration::from_secs(1);
-        }
-        self.look_failed = failed;
+        self.look_again_at = (!self.unseen.is_empty()).then_some(now + LOOK_AGAIN);
+        self.view_stale = true;
         self.compare = true;
     }
 
@@ -356,7 +368,8 @@ impl Engine {
 
     fn note(&mut self, happened: Happened) {
         match happened {
-            Happened::Network | Happened::Lease | Happened::Published | Happened::Watching | Happened::Trouble => {}
+            Happened::Network | Happened::Lease | Happened::Published => self.view_stale = true,
+            Happened::Watching | Happened::Trouble => {}
             Happened::Peers(event) => {
                 self.counters.events += 1;
                 self.peers(event);
@@ -426,6 +439,9 @@ impl Engine {
 
     /// Brings the view of this node, and all that follows from it, up to date with lease, host and devices.
     fn refresh_view(&mut self) {
+        if !std::mem::take(&mut self.view_stale) {
+            return;
+        }
         let (Some(network), Some(host), Some(lease)) = (&self.control.network, &self.host, &self.control.lease) else {
             return;
         };
@@ -517,11 +533,16 @@ impl Engine {
 
     /// Nothing is changed before this node and the whole set of leases are known.
     fn may_touch(&self) -> bool {
-        self.whole && self.view.is_some() && self.picture_is_known()
+        self.whole && self.view.is_some() && self.counters.checks > 0
     }
 
-    fn picture_is_known(&self) -> bool {
-        self.counters.checks > 0 && self.look_failed.is_none()
+    /// This node's devices are in the kernel as peers are told: nothing of them failed, and nothing of others is in the way.
+    fn stands(&self) -> bool {
+        let ground = |unit: &Unit| matches!(unit, Unit::Node(_));
+        !self.unseen.contains_key(&Domain::Netlink)
+            && self.view.as_ref().is_some_and(|v| v.blocking.is_empty())
+            && !self.failures.keys().any(ground)
+            && !self.conflicts.keys().any(|key| self.desired.owner(key).is_some_and(ground))
     }
 
     /// The difference as it is now. With `compare` of everything, else of the units that changed.
@@ -556,6 +577,7 @@ impl Engine {
         let Some(mut plan) = self.difference() else { return Report::default() };
         let now = self.settings.clock.now();
         self.leave_blocked(&mut plan);
+        self.leave_unseen(&mut plan);
         if !forced {
             plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
         }
@@ -567,8 +589,7 @@ impl Engine {
             tracing::info!(steps, first, "something changed the kernel behind our back: repairing");
         }
         let report = self.apply(plan).await;
-        let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Firewall(_));
-        if !self.failures.keys().any(own) {
+        if self.stands() {
             self.programmed = true;
             self.running = true;
         }
@@ -585,6 +606,13 @@ impl Engine {
             Unit::Leftover(_) => false,
         });
         plan.conflicts.extend(view.blocking.iter().map(|(_, c)| c.clone()));
+    }
+
+    /// Takes out of a plan what would be done blindly: in a domain that could not be read.
+    fn leave_unseen(&self, plan: &mut Plan) {
+        if !self.unseen.is_empty() {
+            plan.units.retain(|u| !u.steps.iter().any(|step| self.unseen.contains_key(&step.key().domain())));
+        }
     }
 
     /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
@@ -616,6 +644,7 @@ impl Engine {
                 }
             }
             self.counters.steps += u64::try_from(applied.done).unwrap_or(0);
+            self.view_stale |= matches!(applied.plan.unit, Unit::Node(_));
             let unit = applied.plan.unit;
             match applied.failed {
                 None => {
@@ -624,8 +653,6 @@ impl Engine {
                 Some(error) => {
                     self.counters.failures += 1;
                     report.failed.push((unit.clone(), error.to_string()));
-                    // The kernel may hold something else than the picture: that is why it refused.
-                    self.stale.extend(applied.plan.steps.get(applied.done).map(|step| step.key().domain()));
                     self.fail(unit, error);
                 }
             }
@@ -641,21 +668,15 @@ impl Engine {
         }
         let wait = if error.is_retryable() { attempts } else { u32::MAX };
         let retry_at = now + backoff::wait(wait, &format!("{}/{unit}", self.settings.node));
-        // A look before the next try, not now.
-        self.look_at = self.look_at.max(retry_at.min(now + Duration::from_secs(1)));
+
         self.failures.insert(unit, Failure { error, attempts, retry_at });
     }
 
     /// Starts a job with the store when one is due: the kernel first, the announcement after.
     fn begin_job(&mut self) {
         let request = self.lease_request();
-        let ready = self.programmed && self.view.as_ref().is_some_and(|v| v.blocking.is_empty());
-        let ground = |unit: &Unit| matches!(unit, Unit::Node(_));
-        let offers = self
-            .view
-            .as_ref()
-            .filter(|_| ready && self.no_view.is_none() && !self.failures.keys().any(ground))
-            .map(View::offers);
+        let ready = self.programmed && self.no_view.is_none() && self.stands();
+        let offers = self.view.as_ref().filter(|_| ready).map(View::offers);
         self.control.begin(request, offers);
     }
 
@@ -673,7 +694,7 @@ impl Engine {
                 Some(LeaseRequest {
                     node: self.settings.node.clone(),
                     underlay: underlay.addresses,
-                    previous: self.settings.previous,
+                    previous: self.view.as_ref().map(|v| v.policy.own_subnets).or(self.settings.previous),
                 })
             }
             Err(error) => {
@@ -698,7 +719,7 @@ impl Engine {
     async fn look_at_all(&mut self) -> Result<(), crate::Error> {
         self.stale.extend(self.drivers.iter().map(|d| d.domain()));
         self.look().await;
-        self.look_failed.clone().map_or(Ok(()), |error| Err(error.into()))
+        self.unseen.values().next().cloned().map_or(Ok(()), |error| Err(error.into()))
     }
 
     async fn shut_down(&mut self, how: Shutdown) -> Result<Report, crate::Error> {

@@ -117,7 +117,7 @@ impl Engine {
 
     fn kernel_condition(&self) -> Condition {
         let kind = ConditionKind::Kernel;
-        if let Some(error) = &self.look_failed {
+        if let Some(error) = self.unseen.values().next() {
             return failed(kind, error.to_string());
         }
         if let Some((_, conflict)) = self.view.iter().flat_map(|v| &v.blocking).next() {

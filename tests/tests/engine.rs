@@ -644,3 +644,94 @@ async fn fault_43_five_thousand_nodes_join_at_once_in_batches() {
     assert_eq!(status.peers.total, 5000, "{status}");
     assert_eq!(running.overlay.routes().await.unwrap().len(), 5000);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_firewall_that_cannot_be_read_takes_no_route_away_and_is_named() {
+    let (kernel, subnets) = (host(), store());
+    subnets.faults().inject(peer(1));
+    let missing = podnet::driver::DriverError::Unsupported {
+        attempted: "dump nftables".into(),
+        detail: "the kernel has no nf_tables".into(),
+    };
+    kernel.faults().fail_observe(podnet::plan::Domain::Firewall, u32::MAX, missing);
+    let running = spawn(builder(&kernel, subnets.clone())).await;
+    let status = running.until(|s| s.peers.connected == 1).await;
+    assert!(!status.is_ready());
+    assert!(status.condition(ConditionKind::Kernel).message.contains("nf_tables"), "{status}");
+    running.until(|s| s.condition(ConditionKind::Published).state == ConditionState::Met).await;
+    heals(&kernel, |k| k.ip_route_del("10.42.1.0/24".parse().unwrap(), None).unwrap()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_its_device_is_in_conflict_a_node_promises_nothing_to_peers() {
+    let (kernel, subnets) = (host(), store());
+    kernel.link_add(&dev("flannel.1"), "bridge", 1500).unwrap();
+    let running = spawn(builder(&kernel, subnets.clone())).await;
+    running.until(|s| !s.conflicts.is_empty()).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let own = subnets.leases().into_iter().find(|l| l.node == name("me")).unwrap();
+    assert!(own.offers.is_empty(), "nothing was published: {own:?}");
+}
+
+/// A clock that counts how often the engine goes to sleep on it.
+#[derive(Debug)]
+struct Counting(podnet::clock::SystemClock, std::sync::atomic::AtomicUsize);
+
+#[async_trait::async_trait]
+impl podnet::clock::Clock for Counting {
+    fn now(&self) -> podnet::clock::Moment {
+        self.0.now()
+    }
+    async fn sleep_until(&self, moment: podnet::clock::Moment) {
+        self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.sleep_until(moment).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_trouble_makes_the_engine_spin() {
+    type Trouble = fn(&FakeKernel, &MemorySubnets);
+    let troubles: [(&str, Trouble); 6] = [
+        ("no underlay", |k, _| k.link_del(&dev("eth0")).unwrap()),
+        ("no capability", |k, _| k.faults().deny()),
+        ("nothing can be read", |k, _| {
+            let broken = podnet::driver::DriverError::Io { attempted: "dump".into(), reason: "broken".into() };
+            k.faults().fail_observe(None, u32::MAX, broken);
+            k.faults().overrun();
+        }),
+        ("no hints", |k, _| {
+            let broken = podnet::driver::DriverError::Io { attempted: "listen".into(), reason: "broken".into() };
+            k.faults().fail_listen(None, u32::MAX, broken);
+            k.faults().end_hints();
+        }),
+        ("the lease is lost and the store is away", |_, s| {
+            use podnet::subnet::memory::Call;
+            let away = SubnetError::Unavailable { attempted: "ask".into(), reason: "away".into() };
+            for call in [Call::Acquire, Call::Watch, Call::Publish, Call::Renew, Call::Network] {
+                s.faults().fail_next(call, usize::MAX, away.clone());
+            }
+            s.faults().revoke(&name("me"));
+        }),
+        ("the lease is lost and there is no underlay", |k, s| {
+            k.link_del(&dev("eth0")).unwrap();
+            s.unassign(&name("me"));
+        }),
+    ];
+    for (what, trouble) in troubles {
+        let (kernel, subnets) = (host(), store());
+        subnets.faults().inject(peer(1));
+        let clock = std::sync::Arc::new(Counting(podnet::clock::SystemClock::new(), 0.into()));
+        let running = spawn(builder(&kernel, subnets.clone()).clock(clock.clone())).await;
+        running.until(Status::is_ready).await;
+        trouble(&kernel, &subnets);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let before = clock.1.load(std::sync::atomic::Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let rounds = clock.1.load(std::sync::atomic::Ordering::Relaxed) - before;
+        assert!(rounds < 3000, "{what}: {rounds} rounds in ten minutes");
+        assert!(
+            !running.overlay.status().borrow().is_ready() || what == "no hints" || what == "no capability",
+            "{what}"
+        );
+    }
+}

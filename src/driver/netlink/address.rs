@@ -1,7 +1,5 @@
 //! Addresses: read by hand, written through rtnetlink.
 
-use std::net::IpAddr;
-
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
@@ -73,7 +71,7 @@ pub(super) fn message(index: u32, address: IpNetwork) -> AddressMessage {
     message.header.index = index;
     message.attributes.push(AddressAttribute::Local(address.ip()));
     message.attributes.push(AddressAttribute::Address(address.ip()));
-    if let IpAddr::V6(_) = address.ip() {
+    if address.is_ipv6() {
         message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
     }
     message

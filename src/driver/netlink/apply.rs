@@ -30,6 +30,7 @@ const ID_TRIES: usize = 4;
 pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult> {
     let coming: Vec<RouteKey> =
         units.iter().flat_map(|unit| &unit.steps).filter_map(|step| gateway_route(step.outcome()?)).collect();
+    core.nexthops.begin();
     core.nexthops.decide(coming.iter());
     let mut run = Run {
         core,
@@ -54,6 +55,7 @@ pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult
     if run.released {
         run.sweep().await;
     }
+    run.core.nexthops.end();
     run.results
 }
 
@@ -279,10 +281,30 @@ impl<'a> Run<'a> {
         self.offload(step, to, there.index)?;
         self.devices.remove(&to.name);
         for alteration in link::alterations(&there, to, underlay) {
-            let changed = self.core.rtnl.change_link(alteration.message).await;
-            changed.map_err(|trouble| trouble.error(format!("{} ({})", attempted(), alteration.attribute)))?;
+            let named = |trouble: Trouble| trouble.error(format!("{} ({})", attempted(), alteration.attribute));
+            if alteration.flushes_neighbours {
+                let mut neighbours = self.permanent_neighbours(&there, &to.name).await.map_err(named)?;
+                self.core.rtnl.change_link(alteration.message).await.map_err(named)?;
+                for answer in self.core.requester.transact(&mut neighbours).await {
+                    answer.map_err(|trouble| trouble.error(format!("{} (restore its neighbours)", attempted())))?;
+                }
+            } else {
+                self.core.rtnl.change_link(alteration.message).await.map_err(named)?;
+            }
         }
         Ok(())
+    }
+
+    /// The messages that put back the permanent neighbours of a device.
+    async fn permanent_neighbours(&mut self, link: &RawLink, name: &DeviceName) -> Result<Messages, Trouble> {
+        let mut messages = Messages::new();
+        let there = self.core.requester.dump(&mut neighbour::dump_neighbours(link.index), neighbour::decode).await?;
+        for neighbour in there.iter().filter(|n| n.index == link.index && n.permanent) {
+            if let Some(Object::Neighbour(neighbour)) = observe::neighbour_object(neighbour, name) {
+                neighbour::set_neighbour(&mut messages, link.index, &neighbour);
+            }
+        }
+        Ok(messages)
     }
 
     async fn delete_link(&mut self, step: &Step, link: &Link) -> Result<(), DriverError> {
@@ -326,11 +348,9 @@ impl<'a> Run<'a> {
         let answers = self.core.requester.transact(&mut messages).await;
         let mut contested = Vec::new();
         for (sent, answer) in sent.into_iter().zip(answers) {
-            let exists = answer.as_ref().err().and_then(Trouble::errno) == Some(Errno::EXIST);
-            if exists && matches!(sent.step, Step::Create(Object::Route(_))) {
-                contested.push(sent);
-            } else {
-                self.heard(&sent, answer);
+            match answer {
+                Err(trouble) if may_exist(sent.step, &trouble) => contested.push((sent, trouble)),
+                answer => self.heard(&sent, answer),
             }
         }
         if !contested.is_empty() {
@@ -376,10 +396,10 @@ impl<'a> Run<'a> {
 
     /// Routes that were to be new and are there: fine if they are ours, replaced if ours and different, left alone if
     /// somebody else's.
-    async fn contest(&mut self, contested: Vec<Sent<'a>>, objects: &Objects) {
+    async fn contest(&mut self, contested: Vec<(Sent<'a>, Trouble)>, objects: &Objects) {
         let families: BTreeSet<Family> = contested
             .iter()
-            .filter_map(|sent| match subject(sent.step) {
+            .filter_map(|(sent, _)| match subject(sent.step) {
                 Object::Route(route) => Some(Family::of(route.destination.ip())),
                 _ => None,
             })
@@ -406,7 +426,7 @@ impl<'a> Run<'a> {
             }
         };
         if let Some(error) = failed {
-            for sent in contested {
+            for (sent, _) in contested {
                 self.settle(sent.unit, Err(error.clone()));
             }
             return;
@@ -418,7 +438,7 @@ impl<'a> Run<'a> {
         }
         let mut messages = Messages::new();
         let mut again = Vec::new();
-        for sent in contested {
+        for (sent, trouble) in contested {
             let Object::Route(route) = subject(sent.step) else { continue };
             match first.get(&(route.destination, route.metric)) {
                 Some(raw) if raw.protocol != PROTOCOL => {
@@ -432,6 +452,8 @@ impl<'a> Run<'a> {
                 Some(raw) if observe::route_object(raw, &names) == *route => {
                     self.heard(&Sent { id: raw.nexthop, ..sent }, Ok(()));
                 }
+                // It was not that which kept it out.
+                None if trouble.errno() != Some(Errno::EXIST) => self.heard(&sent, Err(trouble)),
                 // Ours and different; or gone meanwhile, and then a replacement creates it.
                 _ => match self.encode(sent.step, objects, Mode::Replace, &mut messages) {
                     Ok(_) => again.push(sent),
@@ -641,6 +663,17 @@ fn place(step: &Step) -> u8 {
         (_, Key::Link(_)) => 0,
         (_, Key::Address(..)) => 1,
         _ => BATCH,
+    }
+}
+
+/// Whether a route that was to be new was refused because it is there. IPv6 says `EINVAL` instead of `EEXIST` where the route
+/// that is there covers the gateway and leads to another device.
+fn may_exist(step: &Step, trouble: &Trouble) -> bool {
+    let Step::Create(Object::Route(route)) = step else { return false };
+    match trouble.errno() {
+        Some(Errno::EXIST) => true,
+        Some(Errno::INVAL) => route.destination.is_ipv6(),
+        _ => false,
     }
 }
 

@@ -294,6 +294,10 @@ impl Ear {
             hints.host = true;
             return;
         };
+        if message.kind == number::RTM_DELADDR {
+            // With the last address of a family the kernel drops the device's routes and neighbours in it.
+            hints.devices.insert(device.clone());
+        }
         if !observe::inside(address, &self.scope) {
             return;
         }

@@ -270,6 +270,8 @@ pub(super) struct Alteration {
     /// Which attribute, for the error.
     pub(super) attribute: String,
     pub(super) message: LinkMessage,
+    /// The kernel drops the device's neighbours with it, permanent ones too (`neigh_changeaddr`): they must be put back.
+    pub(super) flushes_neighbours: bool,
 }
 
 /// The messages that turn the device `is` into `to` in place, one an attribute, so that a refusal names it. The lower
@@ -279,7 +281,9 @@ pub(super) fn alterations(is: &RawLink, to: &Link, underlay: Option<u32>) -> Vec
     let has = is.vxlan.unwrap_or_default();
     let index = is.index;
     let mut changes = Vec::new();
-    let mut change = |attribute: String, message| changes.push(Alteration { attribute, message });
+    let mut change = |attribute: String, message| {
+        changes.push(Alteration { attribute, message, flushes_neighbours: false });
+    };
     let unspec = || LinkUnspec::new_with_index(index);
     // The VNI stands in each change of VXLAN attributes; it is the one that the device has.
     let vxlan = |data| {
@@ -300,14 +304,22 @@ pub(super) fn alterations(is: &RawLink, to: &Link, underlay: Option<u32>) -> Vec
     if has.learning != want.learning {
         change(format!("learning {}", want.learning), vxlan(InfoVxlan::Learning(want.learning)));
     }
-    if is.mac != Some(to.mac) {
-        change(format!("address {}", to.mac), unspec().address(to.mac.0.to_vec()).build());
-    }
     if is.mtu != to.mtu.bytes() {
         change(format!("mtu {}", to.mtu), unspec().mtu(to.mtu.bytes()).build());
     }
+    if is.mac != Some(to.mac) {
+        changes.push(Alteration {
+            attribute: format!("address {}", to.mac),
+            message: unspec().address(to.mac.0.to_vec()).build(),
+            flushes_neighbours: true,
+        });
+    }
     if is.up() != to.up {
-        change(if to.up { "up" } else { "down" }.to_owned(), switch(index, to.up));
+        changes.push(Alteration {
+            attribute: if to.up { "up" } else { "down" }.to_owned(),
+            message: switch(index, to.up),
+            flushes_neighbours: false,
+        });
     }
     changes
 }

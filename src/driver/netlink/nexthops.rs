@@ -42,6 +42,8 @@ pub(super) struct Nexthops {
     unsupported: bool,
     /// Whether the kernel's objects were ever listed, and nothing happened since that makes the list doubtful.
     learnt: bool,
+    /// Requests are under way whose answers are not taken in yet.
+    busy: bool,
 }
 
 impl Nexthops {
@@ -56,6 +58,7 @@ impl Nexthops {
         self.entries.clear();
         self.routes.clear();
         self.unsupported = objects.is_none();
+        self.busy = false;
         self.list(objects.into_iter().flatten());
         self.entries.values_mut().for_each(|entry| entry.held = false);
         for (key, id) in routes {
@@ -64,6 +67,21 @@ impl Nexthops {
         for id in held {
             self.doubt(id);
         }
+    }
+
+    /// Requests begin. If those before never ended, because their future was dropped, routes may be there that were not
+    /// heard of: all objects count as used.
+    pub(super) fn begin(&mut self) {
+        if self.busy {
+            self.entries.values_mut().for_each(|entry| entry.held = true);
+            self.learnt = false;
+        }
+        self.busy = true;
+    }
+
+    /// All answers are taken in.
+    pub(super) fn end(&mut self) {
+        self.busy = false;
     }
 
     /// Takes over a list of all nexthop objects alone: what was not known of counts as used.
@@ -270,6 +288,19 @@ mod tests {
         assert!(pool.unused().is_empty());
         pool.observe(Some(&[object(NEXTHOP_BASE, PROTOCOL, 1)]), [], [NEXTHOP_BASE]);
         assert!(pool.unused().is_empty(), "a foreign route names it");
+    }
+
+    #[test]
+    fn after_requests_whose_end_was_never_seen_every_object_counts_as_used() {
+        let mut pool = Nexthops::default();
+        pool.begin();
+        pool.created(NEXTHOP_BASE, via(1));
+        pool.begin();
+        assert!(pool.must_list() && pool.unused().is_empty());
+        pool.end();
+        pool.begin();
+        pool.created(NEXTHOP_BASE + 1, via(2));
+        assert_eq!(pool.unused(), [NEXTHOP_BASE + 1]);
     }
 
     #[test]

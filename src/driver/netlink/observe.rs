@@ -109,10 +109,13 @@ pub(super) async fn routes(requester: &mut Requester, family: Family) -> Result<
         Family::V6 => number::AF_INET6,
     };
     // A kernel without IPv6 answers with the routes of every family.
-    dump(requester, &format!("{family} routes"), route::dump(number), |message| {
-        route::decode(message).filter(|route| Family::of(route.destination.ip()) == family)
-    })
-    .await
+    let decode =
+        |message: &Message<'_>| route::decode(message).filter(|route| Family::of(route.destination.ip()) == family);
+    match requester.dump(&mut route::dump(number), decode).await {
+        // There is no main table before the first route or address.
+        Err(Trouble::Refused(Errno::NOENT, _)) => Ok(Vec::new()),
+        outcome => outcome.map_err(|trouble| trouble.error(format!("list {family} routes"))),
+    }
 }
 
 /// All nexthop objects; `None` on a kernel that has none.
@@ -154,19 +157,23 @@ fn overlaps(network: IpNetwork, scope: &Scope) -> bool {
     }
 }
 
-/// Where a route leads, as far as one [`NextHop`] can say it. A route of ours that somebody gave another shape (several
-/// ways, a device that is gone) reads as what it surely is not wanted to be, so that it is put right.
+/// Where a route leads, as far as one [`NextHop`] can say it. A route of ours to which somebody gave several ways reads as one
+/// to the unspecified address, and one over a device that is gone as a blackhole: neither is wanted, so it is put right.
 pub(super) fn next_hop(route: &RawRoute, names: &Names) -> NextHop {
     if route.kind != number::RTN_UNICAST {
         return NextHop::Blackhole;
     }
     let object = route.nexthop.and_then(|id| names.nexthops.get(&id));
-    let (number, gateway, onlink) = match (object, route.hops.last()) {
+    let (index, gateway, onlink) = match (object, route.hops.as_slice()) {
         (Some(object), _) => (object.index, object.gateway, object.onlink),
-        (None, Some(hop)) => (hop.index, hop.gateway, hop.onlink),
-        (None, None) => (None, None, false),
+        (None, [hop]) => (hop.index, hop.gateway, hop.onlink),
+        (None, []) => (None, None, false),
+        (None, [hop, ..]) => {
+            let nowhere = if route.destination.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+            (hop.index, Some(nowhere), false)
+        }
     };
-    match (number.and_then(|number| names.device(number)), gateway) {
+    match (index.and_then(|index| names.device(index)), gateway) {
         (Some(device), Some(address)) => NextHop::Gateway { device, address, onlink },
         (Some(device), None) => NextHop::Device(device),
         (None, _) => NextHop::Blackhole,
@@ -180,10 +187,14 @@ pub(super) fn route_object(route: &RawRoute, names: &Names) -> Route {
 
 /// What a route of somebody else's is, in the words of `ip route`.
 pub(super) fn describe(route: &RawRoute, names: &Names) -> String {
-    let mut text = route_object(route, names).to_string();
-    if route.hops.len() > 1 {
-        text.push_str(&format!(" and {} other ways", route.hops.len() - 1));
-    }
+    let ways = route.hops.len();
+    let mut text = match route.kind {
+        number::RTN_UNICAST if ways > 1 => format!("route {} with {ways} ways", route.destination),
+        number::RTN_UNREACHABLE => format!("route unreachable {}", route.destination),
+        number::RTN_PROHIBIT => format!("route prohibit {}", route.destination),
+        number::RTN_THROW => format!("route throw {}", route.destination),
+        _ => route_object(route, names).to_string(),
+    };
     let protocol = match route.protocol {
         number::RTPROT_KERNEL => "kernel".to_owned(),
         number::RTPROT_BOOT => "boot".to_owned(),
@@ -216,7 +227,7 @@ pub(super) fn neighbour_object(raw: &RawNeighbour, device: &DeviceName) -> Optio
 
 /// Whether a route of others is part of the host's view.
 pub(super) fn matters(route: &RawRoute, scope: &Scope) -> bool {
-    matches!(route.kind, number::RTN_UNICAST | number::RTN_BLACKHOLE..=9)
+    matches!(route.kind, number::RTN_UNICAST | number::RTN_BLACKHOLE..=number::RTN_THROW)
         && (route.destination.prefix() == 0
             || route.protocol == number::RTPROT_KERNEL
             || overlaps(route.destination, scope))

@@ -125,7 +125,8 @@ impl Connection {
         let mut answers = Vec::new();
         let mut interrupted = false;
         loop {
-            for frame in self.receive(attempted)? {
+            self.receive(attempted)?;
+            for frame in frames(&self.buffer) {
                 if frame.sequence != sequence {
                     continue;
                 }
@@ -133,12 +134,12 @@ impl Connection {
                 match frame.kind {
                     NLMSG_ERROR | NLMSG_DONE => {
                         return match frame.error() {
-                            Some((errno, text)) => Err(refused(attempted, errno, text).into()),
+                            Some((errno, text)) => Err(refusal(attempted, errno, text).into()),
                             None if interrupted => Err(Failure::Moved),
                             None => Ok(answers),
                         };
                     }
-                    kind => answers.extend(answer(kind, &frame.payload)),
+                    kind => answers.extend(answer(kind, frame.payload)),
                 }
             }
         }
@@ -168,13 +169,14 @@ impl Connection {
 
         let mut first_failure = None;
         loop {
-            for frame in self.receive(attempted)? {
+            self.receive(attempted)?;
+            for frame in frames(&self.buffer) {
                 let error = frame.error();
                 if frame.sequence == begin {
                     // The batch as a whole was refused.
                     match error {
                         Some((Errno(RESTART), _)) => return Err(Failure::Moved),
-                        Some((errno, text)) => return Err(refused(attempted, errno, text).into()),
+                        Some((errno, text)) => return Err(refusal(attempted, errno, text).into()),
                         None => continue,
                     }
                 }
@@ -201,10 +203,11 @@ impl Connection {
         self.socket.send_to(bytes, &kernel, 0).map(drop).map_err(|e| refused_socket(attempted, &e))
     }
 
-    fn receive(&mut self, attempted: &str) -> Result<Vec<Frame>, DriverError> {
+    /// Fills the buffer with the kernel's next datagram.
+    fn receive(&mut self, attempted: &str) -> Result<(), DriverError> {
         loop {
             match read(&self.socket, &mut self.buffer) {
-                Ok(true) => return Ok(frames(&self.buffer)),
+                Ok(true) => return Ok(()),
                 // Not from the kernel.
                 Ok(false) => continue,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -216,15 +219,15 @@ impl Connection {
 
 /// A netlink message of whatever kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Frame {
+pub(super) struct Frame<'a> {
     pub kind: u16,
     pub flags: u16,
     pub sequence: u32,
     pub port: u32,
-    pub payload: Vec<u8>,
+    pub payload: &'a [u8],
 }
 
-impl Frame {
+impl Frame<'_> {
     /// Of an error, an acknowledgement or the end of a dump: what the kernel says, if it is not success.
     fn error(&self) -> Option<(Errno, String)> {
         let code = self.payload.get(..4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
@@ -245,22 +248,21 @@ impl Frame {
 }
 
 /// The messages of a datagram, up to the first malformed one.
-pub(super) fn frames(datagram: &[u8]) -> Vec<Frame> {
-    let mut out = Vec::new();
+pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Frame<'_>> {
     let mut rest = datagram;
-    while let Ok(message) = NetlinkBuffer::new_checked(rest) {
-        let length = usize::try_from(message.length()).unwrap_or(usize::MAX);
-        out.push(Frame {
+    std::iter::from_fn(move || {
+        let message = NetlinkBuffer::new_checked(rest).ok()?;
+        let length = usize::try_from(message.length()).ok()?;
+        let frame = Frame {
             kind: message.message_type(),
             flags: message.flags(),
             sequence: message.sequence_number(),
             port: message.port_number(),
-            payload: rest.get(16..length).unwrap_or_default().to_vec(),
-        });
-        let next = length.checked_next_multiple_of(4).unwrap_or(usize::MAX);
-        rest = rest.get(next..).unwrap_or_default();
-    }
-    out
+            payload: rest.get(16..length)?,
+        };
+        rest = length.checked_next_multiple_of(4).and_then(|next| rest.get(next..)).unwrap_or_default();
+        Some(frame)
+    })
 }
 
 /// A message of nf_tables; `None` for any other.
@@ -280,19 +282,11 @@ fn bytes(message: NetfilterMessage, flags: u16, sequence: u32) -> Vec<u8> {
     bytes
 }
 
-fn no_nftables(attempted: &str) -> DriverError {
+/// What a question comes to in a kernel without nftables.
+pub(super) fn no_nftables(attempted: &str) -> DriverError {
     DriverError::Unsupported {
         attempted: attempted.into(),
         detail: "it has no nftables (CONFIG_NF_TABLES, module nf_tables)".into(),
-    }
-}
-
-/// Where a whole request is refused, these are what a kernel without nftables answers: `nfnetlink_rcv_msg` knows no such
-/// subsystem (`EINVAL`), `nfnetlink_rcv_batch` neither (`EOPNOTSUPP`).
-fn refused(attempted: &str, errno: Errno, text: String) -> DriverError {
-    match errno {
-        Errno::INVAL | Errno::OPNOTSUPP if text.is_empty() => no_nftables(attempted),
-        _ => refusal(attempted, errno, text),
     }
 }
 

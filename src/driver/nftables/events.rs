@@ -25,7 +25,7 @@ pub(super) fn changes_in(datagram: &[u8], own_port: u32) -> Vec<Change> {
         if frame.port == own_port {
             continue;
         }
-        let Some(message) = answer(frame.kind, &frame.payload) else { continue };
+        let Some(message) = answer(frame.kind, frame.payload) else { continue };
         // In every message but those of generations, attribute 1 is the name of the table.
         let Some(table) = message.attributes().text(1) else { continue };
         let family = Family::BOTH.into_iter().find(|f| u8::from(proto(*f)) == message.family);

@@ -50,7 +50,8 @@ const CHAINS_READ: usize = 256;
 /// Makes nftables hold the [`Ruleset`]s of both families.
 ///
 /// All calls need a tokio runtime, and run on its threads for blocking work: they wait while other programs hold
-/// the kernel's nftables lock. A transaction takes well below a millisecond.
+/// the kernel's nftables lock. Measured (kernel 6.18): 0.4 ms to replace a family's rules; 0.3 ms to observe both
+/// families, 22 ms beside 5 000 chains of others, which the kernel cannot leave out of its list.
 #[derive(Debug)]
 pub struct NftablesDriver {
     namespace: NetworkNamespace,
@@ -156,7 +157,15 @@ fn again<T>(attempted: &str, mut work: impl FnMut() -> Result<T, Failure>) -> Re
 /// The number of the current rules: every transaction counts it up.
 fn generation(connection: &mut Connection, attempted: &str) -> Result<u32, Failure> {
     let question = NfTablesMessage::GetGen(GenMessage { attributes: Vec::new() });
-    let answers = connection.ask(attempted, NetfilterProtoFamily::Unspec, question, false)?;
+    let answers = connection.ask(attempted, NetfilterProtoFamily::Unspec, question, false).map_err(|failure| {
+        // What `nfnetlink_rcv_msg` answers where it knows no such subsystem.
+        match failure {
+            Failure::Error(DriverError::Refused { errno: Errno::INVAL | Errno::OPNOTSUPP, .. }) => {
+                Failure::Error(connection::no_nftables(attempted))
+            }
+            other => other,
+        }
+    })?;
     // NFTA_GEN_ID
     answers.iter().find_map(|a| a.attributes().u32(1)).ok_or_else(|| {
         let attempted = attempted.to_owned();

@@ -124,13 +124,18 @@ fn delete_rule(family: Family, chain: &str, handle: u64) -> Message {
 
 /// What `nft` prints; `None`, with a word why, where it is not installed.
 fn nft(arguments: &[&str]) -> Option<String> {
-    match Command::new("nft").args(arguments).output() {
+    run("nft", arguments)
+}
+
+/// What a program prints; `None`, with a word why, where it is not installed.
+fn run(program: &str, arguments: &[&str]) -> Option<String> {
+    match Command::new(program).args(arguments).output() {
         Ok(output) => {
-            assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
             Some(String::from_utf8(output.stdout).unwrap())
         }
         Err(e) => {
-            println!("skipped the comparison with nft: it cannot be run ({e}); apt-get install nftables");
+            println!("skipped the comparison with {program}: it cannot be run ({e})");
             None
         }
     }
@@ -442,7 +447,11 @@ fn what_others_do_to_our_table_is_a_hint_and_what_we_do_is_none() {
         behind(&[new_table(Family::V6, "kube-proxy")]);
         behind(&[delete_rule(Family::V4, "forward", handles(Family::V4, "forward")[0])]);
         assert_eq!(next(&mut changes).await, Change::Domain(Domain::Firewall));
-        behind(&[table::delete(Family::V4, "podnet")]);
+        // As `nft flush ruleset` does.
+        let all = NfTablesMessage::DeleteTable(TableMessage { attributes: Vec::new() });
+        let mut flush = message(Family::V4, 0, all);
+        flush.family = NetfilterProtoFamily::Unspec;
+        behind(&[flush]);
         let mut after = vec![next(&mut changes).await];
         while after.last() == Some(&Change::Domain(Domain::Firewall)) {
             after.push(next(&mut changes).await);

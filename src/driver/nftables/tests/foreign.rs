@@ -231,3 +231,30 @@ fn chains_of_flannels_iptables_mode_are_reported_and_not_touched() {
         );
     });
 }
+
+#[test]
+fn rules_of_the_real_iptables_nft_are_understood() {
+    isolated::test(async || {
+        let driver = driver();
+        let iptables = |line: &str| run("iptables-nft", &line.split(' ').collect::<Vec<_>>());
+        if iptables("-P FORWARD DROP").is_none() {
+            return;
+        }
+        iptables("-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
+        iptables("-A FORWARD -i docker0 ! -o docker0 -j ACCEPT");
+        let [warning] = driver.observe(&scope()).await.unwrap().warnings.try_into().unwrap();
+        assert!(warning.with.contains("chain FORWARD of the table ip filter"), "{warning}");
+
+        // As flannel's iptables mode accepts.
+        iptables("-N FLANNEL-FWD");
+        iptables("-A FORWARD -m comment --comment flanneld -j FLANNEL-FWD");
+        iptables("-A FLANNEL-FWD -s 10.42.0.0/16 -m comment --comment flanneld -j ACCEPT");
+        iptables("-A FLANNEL-FWD -d 10.40.0.0/13 -m comment --comment flanneld -j ACCEPT");
+        let [left] = driver.observe(&scope()).await.unwrap().warnings.try_into().unwrap();
+        assert!(left.with.contains("FLANNEL-FWD"), "{left}");
+
+        iptables("-I FORWARD -d 10.0.0.0/8 -j REJECT");
+        let warnings = driver.observe(&scope()).await.unwrap().warnings;
+        assert!(warnings.iter().any(|w| w.advice.contains("packets to 10.42.0.0/16")), "{warnings:?}");
+    });
+}

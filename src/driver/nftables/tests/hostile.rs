@@ -24,8 +24,7 @@ fn datagram(rules: &Ruleset) -> Vec<u8> {
 
 /// Decodes as the driver does with what a dump brought.
 fn decode(datagram: &[u8], family: Family) -> Option<Ruleset> {
-    let answers: Vec<_> =
-        connection::frames(datagram).iter().filter_map(|f| connection::answer(f.kind, &f.payload)).collect();
+    let answers: Vec<_> = connection::frames(datagram).filter_map(|f| connection::answer(f.kind, f.payload)).collect();
     let of = |kind: u8| answers.iter().filter(move |a| a.kind == kind);
     let mut sets: Vec<SetSeen> = of(9).filter_map(SetSeen::read).collect();
     if let Some(set) = sets.first_mut() {

@@ -280,11 +280,12 @@ fn ipv6_is_masqueraded_too() {
         assert_eq!(SysctlDriver::new(&net.node).apply(&[unit]).await[0].failed, None);
         let driver = driver();
         create(&driver, &ruleset(Family::V6, &MasqueradePolicy::default())).await;
-        // Addresses are usable once they are known to be unique.
+        // Addresses are usable once they are known to be unique: until then, the node would masquerade with another.
         let deadline = Instant::now() + Duration::from_secs(10);
         while !route_v6(&pod).await
             || net.pod.run(|| UdpSocket::bind("[2001:db8:42:3::2]:0")).is_err()
             || net.outside.run(|| UdpSocket::bind("[2001:db8:1::2]:0")).is_err()
+            || net.node.run(|| UdpSocket::bind("[2001:db8:1::1]:0")).is_err()
         {
             assert!(Instant::now() < deadline, "no address");
             tokio::task::yield_now().await;

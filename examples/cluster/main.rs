@@ -1,0 +1,102 @@
+//! `cargo run --release --example cluster`: a pod network in namespaces, brought up, proved, broken, repaired and removed.
+//!
+//! This program only reads options and prints: what is shown is in `podnet_lab::demo`, and how podnet is embedded in
+//! `podnet_lab::demo::pod_network`. It runs no other program and changes nothing outside the namespaces that it makes.
+
+mod options;
+mod output;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser as _;
+use podnet_lab::demo::{Cluster, DemoSpec, Outcome, Stage, breakage, proofs, restart};
+use podnet_lab::{LabError, Privilege, Underlay, enter_user_namespace_if_needed};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+use options::Options;
+use output::Screen;
+
+/// This machine allows no namespaces.
+const FORBIDDEN: u8 = 3;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    // Before the runtime starts its threads: the kernel gives a user namespace to single-threaded processes alone.
+    let privilege = match enter_user_namespace_if_needed() {
+        Ok(privilege) => privilege,
+        Err(error) => {
+            anstream::eprintln!("The demo needs network namespaces, and this machine does not allow them: {error}");
+            return ExitCode::from(FORBIDDEN);
+        }
+    };
+    log(options.verbose);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            anstream::eprintln!("starting the tokio runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(show(&options, privilege))
+}
+
+async fn show(options: &Options, privilege: Privilege) -> ExitCode {
+    let start = Instant::now();
+    let screen = Screen::new(options.json, options.verbose > 0);
+    let underlay = Underlay::from(options.underlay);
+    let wires = match underlay {
+        Underlay::Gcp => "underlay as on Google's cloud",
+        Underlay::Lan => "underlay one Ethernet",
+    };
+    screen.title(options.nodes, wires, privilege);
+
+    let spec = DemoSpec { nodes: options.nodes.into(), underlay, ..DemoSpec::default() };
+    let mut stage = Stage::new(&screen);
+    // An error has been told as a failed step: what it had built so far is gone with it.
+    if let Ok(mut cluster) = Cluster::build(spec, &mut stage).await {
+        proofs::all(&cluster, &mut stage).await;
+        breakage::all(&cluster, &mut stage).await;
+        restart::all(&mut cluster, &mut stage).await;
+        if options.keep {
+            screen.how_to_enter(&cluster, privilege);
+            if let Err(error) = interrupted().await {
+                screen.say(&format!("cannot wait for Ctrl-C: {error}"));
+            }
+        }
+        cluster.remove(&mut stage).await;
+    }
+
+    let took = start.elapsed();
+    screen.verdict(stage.findings(), took);
+    if options.json {
+        let document = output::document(stage.findings(), options.nodes, underlay, privilege, took);
+        // Whoever reads this may be gone; the exit code says the same.
+        let _ = writeln!(std::io::stdout(), "{document:#}");
+    }
+    match stage.findings().iter().any(|finding| finding.outcome == Outcome::Fails) {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    }
+}
+
+async fn interrupted() -> Result<(), LabError> {
+    let io = |source| LabError::Io { what: "listening for signals".to_owned(), source };
+    let mut terminated = signal(SignalKind::terminate()).map_err(io)?;
+    tokio::select! {
+        pressed = tokio::signal::ctrl_c() => pressed.map_err(io),
+        _ = terminated.recv() => Ok(()),
+    }
+}
+
+/// podnet logs with `tracing`: a program that links it decides what becomes of that.
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::OFF,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).init();
+}

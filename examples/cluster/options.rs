@@ -1,0 +1,54 @@
+//! The command line.
+
+use clap::{Parser, ValueEnum};
+use podnet_lab::Underlay;
+
+/// What is said below the options.
+const AFTER: &str = "\
+It needs no program but itself, and either root or a machine that lets users make user namespaces.
+Everything happens in network namespaces that vanish with it; nothing on this machine is changed.
+
+Exit codes: 0 all of it holds; 1 something does not; 2 wrong options; 3 this machine allows no namespaces.";
+
+/// Builds a cluster of network namespaces, gives it a pod network with podnet, proves that it works, breaks it, and removes it all.
+#[derive(Debug, Parser)]
+#[command(name = "cluster", version, after_help = AFTER)]
+pub(crate) struct Options {
+    /// How many nodes
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=10))]
+    pub(crate) nodes: u8,
+
+    /// What connects the nodes
+    #[arg(long, value_enum, default_value_t = UnderlayOption::Gcp)]
+    pub(crate) underlay: UnderlayOption,
+
+    /// Stay up until Ctrl-C, and say how to enter each namespace
+    #[arg(long)]
+    pub(crate) keep: bool,
+
+    /// Print one JSON document; progress goes to stderr
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Show what podnet logs, on stderr; twice for more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+/// `--underlay`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum UnderlayOption {
+    /// As on Google's cloud: MTU 1460, each node a /32 behind a gateway
+    Gcp,
+    /// One Ethernet, MTU 1500
+    Lan,
+}
+
+impl From<UnderlayOption> for Underlay {
+    fn from(option: UnderlayOption) -> Self {
+        match option {
+            UnderlayOption::Gcp => Underlay::Gcp,
+            UnderlayOption::Lan => Underlay::Lan,
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What a person sees: one line a finding, aligned, with colour on a terminal; and the JSON document.
+
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anstyle::{AnsiColor, Style};
+use podnet_lab::demo::{Audience, Cluster, Finding, Outcome, Part};
+use podnet_lab::{Privilege, Underlay};
+use serde_json::{Value, json};
+
+/// Width of the column that says what was tried.
+const CLAIM: usize = 29;
+
+const BOLD: Style = Style::new().bold();
+const FAINT: Style = Style::new().dimmed();
+const GREEN: Style = AnsiColor::Green.on_default();
+const RED: Style = AnsiColor::Red.on_default().bold();
+const YELLOW: Style = AnsiColor::Yellow.on_default();
+
+/// Where the lines go: stdout, or stderr when stdout is for JSON. anstream takes the colours out where nobody would see them.
+pub(crate) struct Screen {
+    out: Mutex<State>,
+    /// What is tried now is shown, and overwritten when it is done: on a terminal that nothing else writes to.
+    live: bool,
+}
+
+struct State {
+    out: Box<dyn Write + Send>,
+    part: Option<Part>,
+}
+
+impl Screen {
+    pub(crate) fn new(json: bool, logs: bool) -> Self {
+        let (out, terminal): (Box<dyn Write + Send>, bool) = if json {
+            (Box::new(anstream::stderr()), io::stderr().is_terminal())
+        } else {
+            (Box::new(anstream::stdout()), io::stdout().is_terminal())
+        };
+        Self { out: Mutex::new(State { out, part: None }), live: terminal && !logs }
+    }
+
+    /// A line of its own.
+    pub(crate) fn say(&self, text: &str) {
+        self.write(|out| writeln!(out, "{text}"));
+    }
+
+    /// The first lines.
+    pub(crate) fn title(&self, nodes: u8, underlay: &str, privilege: Privilege) {
+        let by = match privilege {
+            Privilege::Already => "as root",
+            Privilege::UserNamespace => "as an ordinary user, root only in a user namespace of its own",
+        };
+        let nodes = if nodes == 1 { "one node".to_owned() } else { format!("{nodes} nodes") };
+        self.say(&format!("{BOLD}podnet: a pod network of {nodes}, {underlay}, over VXLAN{BOLD:#}"));
+        self.say(&format!("{FAINT}In network namespaces, {by}. Nothing on this machine is changed.{FAINT:#}"));
+    }
+
+    /// How to look around.
+    pub(crate) fn how_to_enter(&self, cluster: &Cluster, privilege: Privilege) {
+        self.say(&format!("\n{BOLD}The cluster is up. To look around, in another terminal:{BOLD:#}"));
+        let lab = cluster.lab();
+        let nodes = lab.nodes().iter().map(|node| node.netns());
+        let pods = lab.pods().map(|pod| pod.netns());
+        for netns in nodes.chain(pods).chain([lab.outside().netns(), lab.fabric().netns()]) {
+            self.say(&format!("  {:<20} {}", netns.name(), netns.how_to_enter(privilege)));
+        }
+        self.say("Ctrl-C removes it all.");
+    }
+
+    /// The last lines.
+    pub(crate) fn verdict(&self, findings: &[Finding], took: Duration) {
+        let failed = count(findings, Outcome::Fails);
+        let skipped = match count(findings, Outcome::Skipped) {
+            0 => String::new(),
+            skipped => format!(", {skipped} skipped"),
+        };
+        let seconds = took.as_secs_f64();
+        if failed == 0 {
+            let held = count(findings, Outcome::Holds);
+            self.say(&format!("\n{GREEN}All {held} hold{skipped}. {seconds:.1} s.{GREEN:#}"));
+            return;
+        }
+        self.say(&format!("\n{RED}{failed} of {} FAILED{skipped}. {seconds:.1} s:{RED:#}", findings.len()));
+        for finding in findings.iter().filter(|finding| finding.outcome == Outcome::Fails) {
+            self.say(&format!("  {}: {}", finding.claim, finding.seen));
+        }
+    }
+
+    fn write(&self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) {
+        let mut state = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever reads this may have closed the pipe (`| head`): the demo still removes what it made.
+        let _ = write(&mut state.out).and_then(|()| state.out.flush());
+    }
+}
+
+impl Audience for Screen {
+    fn begins(&self, part: Part, claim: &str) {
+        let mut state = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let heading = state.part != Some(part);
+        state.part = Some(part);
+        drop(state);
+        if heading {
+            self.say(&format!("\n{BOLD}{part}{BOLD:#}"));
+        }
+        if self.live {
+            self.write(|out| write!(out, "{FAINT}  ..    {claim}{FAINT:#}"));
+        }
+    }
+
+    fn found(&self, finding: &Finding) {
+        let (style, word) = match finding.outcome {
+            Outcome::Holds => (GREEN, "ok  "),
+            Outcome::Fails => (RED, "FAIL"),
+            Outcome::Skipped => (YELLOW, "skip"),
+        };
+        self.write(|out| {
+            if self.live {
+                // Back to the start of the line, and clear it.
+                write!(out, "\r\x1b[2K")?;
+            }
+            writeln!(out, "  {style}{word}{style:#}  {:<CLAIM$}  {}", finding.claim, finding.seen)?;
+            for line in &finding.details {
+                writeln!(out, "        {FAINT}{line}{FAINT:#}")?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The document of `--json`.
+pub(crate) fn document(
+    findings: &[Finding],
+    nodes: u8,
+    underlay: Underlay,
+    privilege: Privilege,
+    took: Duration,
+) -> Value {
+    json!({
+        "ok": count(findings, Outcome::Fails) == 0,
+        "nodes": nodes,
+        "underlay": underlay,
+        "backend": "vxlan",
+        "privilege": privilege,
+        "seconds": (took.as_secs_f64() * 1000.0).round() / 1000.0,
+        "findings": findings,
+    })
+}
+
+fn count(findings: &[Finding], outcome: Outcome) -> usize {
+    findings.iter().filter(|finding| finding.outcome == outcome).count()
+}

@@ -1,0 +1,286 @@
+//! The demo's cluster: the lab's hosts, podnet on each of them, pods, and the cluster's DNS.
+//!
+//! It builds in the order in which a real cluster comes up, and takes podnet away before anything else.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use futures::future::{join_all, try_join_all};
+use podnet::Shutdown;
+use podnet::config::NetworkConfig;
+use podnet::subnet::memory::MemorySubnets;
+use podnet::types::Stack;
+use serde_json::json;
+
+use super::node_state::NodeState;
+use super::pod_network::PodNetwork;
+use super::proofs::ECHO_PORT;
+use super::{DemoError, Part, Seen, Stage};
+use crate::cluster::{DOCKER_BRIDGE, OUTSIDE};
+use crate::host::LinkState;
+use crate::probe::{DnsServer, EchoServer};
+use crate::services::{self, Service};
+use crate::{Lab, LabError, LabSpec, Node, Pod, Underlay};
+
+/// VXLAN over IPv4 takes so many bytes of a packet: Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
+const VXLAN_OVERHEAD: u32 = 50;
+
+/// What to build, and how long to measure.
+#[derive(Debug, Clone, Copy)]
+pub struct DemoSpec {
+    /// Number of nodes, 1 to 10.
+    pub nodes: usize,
+    /// What connects them.
+    pub underlay: Underlay,
+    /// How long each throughput is measured.
+    pub throughput: Duration,
+    /// How long traffic runs before the restart, and again after it.
+    pub restart_margin: Duration,
+}
+
+impl Default for DemoSpec {
+    fn default() -> Self {
+        Self {
+            nodes: 3,
+            underlay: Underlay::Gcp,
+            throughput: Duration::from_secs(1),
+            restart_margin: Duration::from_millis(700),
+        }
+    }
+}
+
+/// A node before podnet came.
+#[derive(Debug)]
+pub(crate) struct Before {
+    pub(crate) state: NodeState,
+    /// Whole, with its index: a bridge that was deleted and made anew is another.
+    pub(crate) docker: LinkState,
+}
+
+/// The cluster with its pod network. Dropping it removes it all: the namespaces go.
+#[derive(Debug)]
+pub struct Cluster {
+    spec: DemoSpec,
+    lab: Lab,
+    subnets: MemorySubnets,
+    networks: Vec<PodNetwork>,
+    before: Vec<Before>,
+    servers: Servers,
+}
+
+/// What answers in the cluster and outside of it.
+#[derive(Debug)]
+struct Servers {
+    _dns: DnsServer,
+    outside: EchoServer,
+}
+
+impl Cluster {
+    /// Builds it, and tells of each step.
+    pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
+        let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
+        let (subnets, networks) = stage.need(Part::Build, "podnet", pod_networks(&lab)).await?;
+        let servers = stage.need(Part::Build, "pods", pods(&mut lab, &networks)).await?;
+        Ok(Self { spec, lab, subnets, networks, before, servers })
+    }
+
+    /// What was asked for.
+    pub fn spec(&self) -> &DemoSpec {
+        &self.spec
+    }
+
+    /// The hosts.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The first node, from which things are tried.
+    pub(crate) fn first(&self) -> &Node {
+        &self.lab.nodes()[0]
+    }
+
+    /// The last node, to which things are tried; `None` in a cluster of one.
+    pub(crate) fn other(&self) -> Option<&Node> {
+        self.lab.nodes().get(1..)?.last()
+    }
+
+    pub(crate) fn networks(&self) -> &[PodNetwork] {
+        &self.networks
+    }
+
+    pub(crate) fn before(&self, node: usize) -> &Before {
+        &self.before[node]
+    }
+
+    /// The server on the host outside that says whom it sees.
+    pub(crate) fn outside_echo(&self) -> &EchoServer {
+        &self.servers.outside
+    }
+
+    /// Whether this is the article's cluster, so that its listings are what must be seen.
+    pub(crate) fn is_the_articles(&self) -> bool {
+        self.spec.nodes == 3 && self.spec.underlay == Underlay::Gcp
+    }
+
+    /// The MTU that pods should have, in bytes.
+    pub fn pod_mtu(&self) -> u32 {
+        pod_mtu(self.lab.spec())
+    }
+
+    /// Stops podnet on a node, leaving the network up, and starts it anew on the same store.
+    pub(crate) async fn restart(&mut self, node: usize) -> Result<(), DemoError> {
+        let peers = self.lab.nodes().len() - 1;
+        self.networks.remove(node).stop(Shutdown::Keep).await?;
+        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets).await?;
+        let ready = network.wait_ready(peers).await;
+        self.networks.insert(node, network);
+        ready.map(drop)
+    }
+
+    /// Takes podnet away from every node, then the lab its pods, and compares what is left with what was there before.
+    pub async fn remove(mut self, stage: &mut Stage<'_>) {
+        let networks = std::mem::take(&mut self.networks);
+        stage.show(Part::Removal, "podnet removes what it made", removed(networks)).await;
+        stage.show(Part::Removal, "every node is as it was before", self.compare()).await;
+    }
+
+    async fn compare(&mut self) -> Result<Seen, DemoError> {
+        for node in self.lab.nodes_mut() {
+            node.detach_all().await?;
+            services::delete_table(node.host(), &format!("ip {}", services::TABLE))?;
+        }
+        let mut differences = Vec::new();
+        let mut objects = 0;
+        for (node, before) in self.lab.nodes().iter().zip(&self.before) {
+            let state = NodeState::of(node.host()).await?;
+            objects += state.len();
+            let changes = state.changes_since(&before.state);
+            differences.extend(changes.into_iter().map(|change| format!("{}: {change}", node.name())));
+            if node.host().link(DOCKER_BRIDGE).await? != before.docker {
+                differences.push(format!("{}: {DOCKER_BRIDGE} is not the same", node.name()));
+            }
+        }
+        let text = match differences.len() {
+            0 => format!("links, addresses, routes, tables: {objects} objects, all equal; docker0 too"),
+            count => format!("{count} differences"),
+        };
+        let figures = json!({ "objects": objects, "differences": differences.len() });
+        Ok(Seen::new(differences.is_empty(), text).details(differences).figures(figures))
+    }
+}
+
+fn pod_mtu(spec: &LabSpec) -> u32 {
+    spec.mtu() - VXLAN_OVERHEAD
+}
+
+async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> {
+    let lab = Lab::build(LabSpec { nodes: spec.nodes, underlay: spec.underlay, ..LabSpec::default() }).await?;
+    let mut before = Vec::new();
+    for node in lab.nodes() {
+        let docker = node.host().link(DOCKER_BRIDGE).await?;
+        before.push(Before { state: NodeState::of(node.host()).await?, docker });
+    }
+    let wire = match spec.underlay {
+        Underlay::Gcp => "a /32 each, gateway 10.240.0.1",
+        Underlay::Lan => "one Ethernet, 10.240.0.0/24",
+    };
+    let text = format!("{} with docker0 and ens4: MTU {}, {wire}", count(spec.nodes, "node"), lab.spec().mtu());
+    let figures = json!({ "nodes": spec.nodes, "underlay_mtu": lab.spec().mtu() });
+    Ok(((lab, before), Seen::new(true, text).figures(figures)))
+}
+
+/// One store for the cluster, a subnet assigned to each node as Kubernetes assigns a podCIDR, and podnet on every node.
+async fn pod_networks(lab: &Lab) -> Result<((MemorySubnets, Vec<PodNetwork>), Seen), DemoError> {
+    let invalid = |what: String| DemoError::Lab(LabError::Invalid(what));
+    let network = lab.spec().cluster_network;
+    let config = NetworkConfig::new(Stack::V4(network)).map_err(|error| invalid(error.to_string()))?;
+    let subnets = MemorySubnets::assigned(config);
+    for node in lab.nodes() {
+        let name = node.name().parse().map_err(|error| invalid(format!("{error}")))?;
+        subnets.assign(&name, Stack::V4(lab.spec().subnet(node.index())));
+    }
+
+    let start = std::time::Instant::now();
+    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets))).await?;
+    let peers = lab.nodes().len() - 1;
+    try_join_all(networks.iter().map(|network| network.wait_ready(peers))).await?;
+    let ready_ms = milliseconds(start.elapsed());
+    let text = format!(
+        "{} ready after {ready_ms:.0} ms; network {network}, a /24 each, MTU {}",
+        all(lab),
+        pod_mtu(lab.spec())
+    );
+    Ok(((subnets, networks), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
+}
+
+/// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.
+async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(Servers, Seen), DemoError> {
+    let wanted = pod_mtu(lab.spec());
+    let asked: Vec<_> = networks.iter().filter_map(|network| network.overlay().status().borrow().pod_mtu).collect();
+    if asked.len() != networks.len() || asked.iter().any(|mtu| mtu.bytes() != wanted) {
+        let problem = format!("podnet asks for pods of MTU {asked:?}, and {wanted} is right");
+        return Err(LabError::Invalid(problem).into());
+    }
+    lab.attach_pods(wanted).await?;
+    let server = dns_pod(lab)?;
+    let dns = DnsServer::start(server.netns(), SocketAddr::new(server.ip(), 53))?;
+    for node in lab.nodes() {
+        services::publish(node.host(), &[Service::dns(server.address())])?;
+    }
+    let outside = EchoServer::start(lab.outside().netns(), at(OUTSIDE, ECHO_PORT))?;
+    let text = format!(
+        "{} on cni0, MTU {wanted}; DNS at {} is the pod {}",
+        count(lab.pods().count(), "pod"),
+        services::DNS_SERVICE,
+        server.address()
+    );
+    Ok((
+        Servers { _dns: dns, outside },
+        Seen::new(true, text).figures(json!({ "pods": lab.pods().count(), "pod_mtu": wanted })),
+    ))
+}
+
+fn dns_pod(lab: &Lab) -> Result<Pod, LabError> {
+    lab.pods().last().cloned().ok_or_else(|| LabError::Invalid("the lab has no pods".to_owned()))
+}
+
+async fn removed(networks: Vec<PodNetwork>) -> Result<Seen, DemoError> {
+    let (mut steps, mut troubles, mut kept) = (0, Vec::new(), Vec::new());
+    for stopped in join_all(networks.into_iter().map(|network| network.stop(Shutdown::RemoveState))).await {
+        match stopped {
+            Ok(report) => {
+                steps += report.steps;
+                troubles.extend(report.failed.iter().map(|(unit, why)| format!("{unit:?}: {why}")));
+                troubles.extend(report.conflicts.iter().map(ToString::to_string));
+                kept.extend(report.kept_settings);
+            }
+            Err(error) => troubles.push(error.to_string()),
+        }
+    }
+    let mut text = format!("{steps} removals");
+    if !kept.is_empty() {
+        text.push_str(&format!("; these settings stay: {}", kept.join(", ")));
+    }
+    Ok(Seen::new(troubles.is_empty(), text).details(troubles).figures(json!({ "steps": steps, "kept_settings": kept })))
+}
+
+fn all(lab: &Lab) -> String {
+    match lab.nodes().len() {
+        1 => "the node is".to_owned(),
+        nodes => format!("all {nodes} nodes are"),
+    }
+}
+
+/// `1 node`, `3 nodes`.
+pub(crate) fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e5).round() / 100.0
+}
+
+/// An address with a port.
+pub(crate) fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}

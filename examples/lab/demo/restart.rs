@@ -1,0 +1,71 @@
+//! A restart of podnet on one node while pods talk through it: what a daemon's upgrade is.
+//!
+//! Traffic runs before, during and after; every packet is counted.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::cluster::milliseconds;
+use super::node_state::NodeState;
+use super::proofs::needs_two_nodes;
+use super::{Cluster, DemoError, Part, Seen, Stage};
+use crate::probe::{PingOptions, PingStream, SteadyStream};
+
+/// Bytes a second of the TCP stream: full-size segments without end, but no more than a busy machine of two cores carries beside
+/// the pings. A stream that fills every queue would lose pings with no restart at all.
+const STREAM: u64 = 25_000_000;
+/// The shortest retransmission timeout of TCP: a connection that lost nothing has no pause of that length.
+const STALL: Duration = Duration::from_millis(200);
+
+/// Restarts podnet on the first node.
+pub async fn all(cluster: &mut Cluster, stage: &mut Stage<'_>) {
+    stage.show(Part::Restart, "packets lost by a restart", restart(cluster)).await;
+}
+
+async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
+    let Some(other) = cluster.other() else {
+        return needs_two_nodes();
+    };
+    let (near, far) = (cluster.first().pods().to_vec(), other.pods().to_vec());
+    let host = cluster.first().host().clone();
+    let before = NodeState::of(&host).await?;
+    let every_millisecond = PingOptions { interval: Duration::from_millis(1), ..PingOptions::default() };
+    let out = PingStream::start(near[0].netns(), far[0].ip(), every_millisecond).await?;
+    let back = PingStream::start(far[0].netns(), near[0].ip(), every_millisecond).await?;
+    let stream = SteadyStream::start(near[1].netns(), far[1].netns(), far[1].ip(), Some(STREAM)).await?;
+
+    // Not a wait for a state: traffic has to run for some time to be measured.
+    tokio::time::sleep(cluster.spec().restart_margin).await;
+    let start = Instant::now();
+    let restarted = cluster.restart(0).await;
+    let down_ms = milliseconds(start.elapsed());
+    tokio::time::sleep(cluster.spec().restart_margin).await;
+
+    let (out, back, stream) = (out.stop().await?, back.stop().await?, stream.stop().await?);
+    restarted?;
+    let network = &cluster.networks()[0];
+    let plan = network.overlay().plan().await.map_err(|error| network.fails(error))?;
+    let changes = NodeState::of(&host).await?.changes_since(&before);
+
+    let (sent, lost) = (out.sent + back.sent, out.lost + back.lost);
+    let stalled = stream.longest_stall_us >= u64::try_from(STALL.as_micros()).unwrap_or(u64::MAX);
+    let holds = lost == 0 && stream.broken.is_none() && !stalled && plan.is_empty() && changes.is_empty();
+    let text = format!(
+        "{lost} of {sent} pings, both ways, one a ms; TCP {} ({} MB, longest pause {:.0} ms)",
+        match (&stream.broken, stalled) {
+            (Some(why), _) => format!("broke: {why}"),
+            (None, true) => "stalled".to_owned(),
+            (None, false) => "never stopped".to_owned(),
+        },
+        stream.bytes / 1_000_000,
+        stream.longest_stall_us as f64 / 1000.0,
+    );
+    let mut details = vec![format!("podnet was back and ready after {down_ms:.0} ms, and found nothing to change")];
+    if !plan.is_empty() || !changes.is_empty() {
+        let steps = plan.steps().map(|step| format!("it would change: {step}"));
+        details = steps.chain(changes).collect();
+    }
+    let figures = json!({ "pings_sent": sent, "pings_lost": lost, "ready_again_ms": down_ms, "longest_ping_gap_us": out.longest_gap_us.max(back.longest_gap_us), "tcp": stream });
+    Ok(Seen::new(holds, text).details(details).figures(figures))
+}
