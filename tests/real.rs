@@ -148,20 +148,22 @@ impl Cluster {
         Route { protocol: podnet::driver::netlink::PROTOCOL, ..route }
     }
 
-    /// Does harm on a node and waits until all of its kernel is as before. Returns how long that took, from before the harm on.
-    pub async fn heals<F: Future<Output = ()>>(&self, index: usize, harm: F) -> Duration {
-        let (eye, running) = (self.eye(index), self.overlay(index));
-        let whole = eye.settled();
-        let steps = running.steps();
-        let begun = Instant::now();
-        harm.await;
-        // Once it wrote: before that, the harm may not be visible yet.
-        running.until(|s| s.counters.steps > steps).await;
-        let seen = eye.until("the kernel is as before", |now| *now == whole, &whole);
-        let took = begun.elapsed();
-        assert!(took < SOON, "back after {took:?} only, {} looks", seen);
-        took
+    /// Does harm on a node and waits until all of its kernel is as before, within a second.
+    pub async fn heals<F: Future<Output = ()>>(&self, index: usize, harm: F) {
+        heals(&self.eye(index), self.overlay(index), harm).await;
     }
+}
+
+/// Does harm and waits until all of the namespace is as before, within a second from before the harm on.
+pub async fn heals<F: Future<Output = ()>>(eye: &Eye, running: &Running, harm: F) {
+    let whole = eye.settled();
+    let steps = running.steps();
+    let begun = Instant::now();
+    harm.await;
+    // Once it wrote: before that, the harm may not be visible yet.
+    running.until(|s| s.counters.steps > steps).await;
+    eye.until("the kernel is as before", |now| *now == whole, &whole);
+    assert!(begun.elapsed() < SOON, "back after {:?} only", begun.elapsed());
 }
 
 impl Running {

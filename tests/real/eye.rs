@@ -61,6 +61,14 @@ impl Dump {
         !self.with(parts).is_empty()
     }
 
+    /// The link-layer address of a device.
+    pub fn mac(&self, device: &str) -> [u8; 6] {
+        let line = self.with(&[&format!("link {device} ")])[0];
+        let list = line.split("Address([").nth(1).and_then(|rest| rest.split(']').next()).expect("a list of bytes");
+        let bytes: Vec<u8> = list.split(", ").map(|b| b.parse().expect("a byte")).collect();
+        bytes.try_into().expect("six bytes")
+    }
+
     /// What is not podnet's.
     pub fn foreign(&self) -> Dump {
         Dump(self.0.iter().filter(|line| !is_ours(line)).cloned().collect())

@@ -68,7 +68,12 @@ async fn flannels_node(cluster: &Cluster, index: usize) {
     }
     let (table, pods) = ("flannel-ipv4", [10, 42]);
     let rule = |chain: &str, source| {
-        nft::rule(nft::IPV4, table, chain, &[&nft::in_16(source, pods)[..], &[nft::verdict(nft::ACCEPT)]].concat())
+        nft::rule(
+            nft::IPV4,
+            table,
+            chain,
+            &[&nft::within(source, pods, [0xff, 0xff])[..], &[nft::verdict(nft::ACCEPT)]].concat(),
+        )
     };
     nft::commit(
         host.netns(),
@@ -177,7 +182,7 @@ async fn fault_08_a_device_of_the_wrong_vni_port_or_address_is_put_right_and_rep
     ] {
         let host = lone_host("wrong").await;
         // The MAC that podnet would draw, so that the two can be compared.
-        let mac = host_mac(&reference);
+        let mac = reference.mac(DEVICE);
         flannels_device(&host, mac, local, (vni, port), 1400).await;
         host.set_up(DEVICE).await.unwrap();
         let index = host.link(DEVICE).await.unwrap().index;
@@ -189,13 +194,6 @@ async fn fault_08_a_device_of_the_wrong_vni_port_or_address_is_put_right_and_rep
         assert_eq!(deleted, usize::from(made_anew), "VNI {vni}, port {port}, local {local:?}");
         assert_eq!(host.link(DEVICE).await.unwrap().index != index, made_anew);
     }
-}
-
-fn host_mac(dump: &real::eye::Dump) -> [u8; 6] {
-    let line = dump.with(&["link flannel.1"])[0];
-    let list = line.split("Address([").nth(1).unwrap().split(']').next().unwrap();
-    let bytes: Vec<u8> = list.split(", ").map(|b| b.parse().unwrap()).collect();
-    bytes.try_into().unwrap()
 }
 
 async fn ready(host: &Host) -> podnet_tests::Running {

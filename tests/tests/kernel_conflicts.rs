@@ -81,12 +81,12 @@ async fn underlay_trouble(choice: UnderlayChoice) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_interface_or_address_is_an_error_that_names_it_and_what_exists() {
-    let told = underlay_trouble(UnderlayChoice::Interface("eth7".parse().unwrap())).await;
+    let told = underlay_trouble(UnderlayChoice::Device("eth7".parse().unwrap())).await;
     assert!(["eth7", "ens4 10.240.0.103", "docker0 172.17.0.1"].iter().all(|part| told.contains(part)), "{told}");
     let told = underlay_trouble(UnderlayChoice::Address([192, 0, 2, 7].into())).await;
     assert!(["192.0.2.7", "ens4 10.240.0.103", "docker0 172.17.0.1"].iter().all(|part| told.contains(part)), "{told}");
     // There, but without an address.
-    let told = underlay_trouble(UnderlayChoice::Interface("lo".parse().unwrap())).await;
+    let told = underlay_trouble(UnderlayChoice::Device("lo".parse().unwrap())).await;
     assert!(told.contains("lo") && told.contains("ens4 10.240.0.103"), "{told}");
 }
 
@@ -127,8 +127,11 @@ async fn a_cluster_network_that_the_host_uses_is_a_conflict_that_names_both_and_
         let before = eye.settled();
         let subnets = store(cluster, own, peers);
         let running = spawn(builder("me", host.netns(), subnets.clone())).await;
-        let failed = |s: &Status| s.condition(ConditionKind::Kernel).state == ConditionState::Failed;
-        let status = running.until(failed).await;
+        let stopped = |s: &Status| {
+            s.condition(ConditionKind::Kernel).state == ConditionState::Failed
+                && s.condition(ConditionKind::Peers).state == ConditionState::Met
+        };
+        let status = running.until(stopped).await;
         let told = status.condition(ConditionKind::Kernel).message;
         assert!(told.contains(cluster) && with.iter().all(|part| told.contains(part)), "{cluster}: {told}");
         assert_eq!(status.peers.connected, 0, "{status}");
@@ -199,6 +202,8 @@ async fn fault_15_a_chain_that_drops_forwarded_packets_is_named_in_the_status_un
     running.until(connected(3)).await;
     let eye = Eye::on(host.netns());
     let ours = eye.settled().ours();
+    // Each change is noticed at once: one of them at the full check alone would take ten seconds.
+    let began = std::time::Instant::now();
     for (family, table, chain, policy, rules, words) in [
         // Docker, through iptables-nft.
         (nft::IPV4, "filter", "FORWARD", nft::DROP, vec![], ["chain FORWARD", "table ip filter", "policy drop"]),
@@ -225,9 +230,26 @@ async fn fault_15_a_chain_that_drops_forwarded_packets_is_named_in_the_status_un
         nft::commit(host.netns(), &[nft::delete_table(family, Some(table))]);
         running.until(|s| !s.warnings.iter().any(|w| w.with.contains(chain))).await;
     }
-    // One that lets the pods through is nobody's trouble.
-    let accept = |source| [&nft::in_16(source, [10, 64])[..], &[nft::verdict(nft::ACCEPT)]].concat();
-    let _ = accept;
+    // One that lets the pods through before it drops the rest is nobody's trouble.
+    let docker = |rules: &[Vec<Vec<u8>>]| {
+        let rules = rules.iter().map(|rule| nft::rule(nft::IPV4, "filter", "FORWARD", rule));
+        let chain = nft::chain(nft::IPV4, "filter", "FORWARD", "filter", (nft::FORWARD, 0, nft::DROP));
+        [
+            nft::table(nft::IPV4, "filter"),
+            nft::delete_table(nft::IPV4, Some("filter")),
+            nft::table(nft::IPV4, "filter"),
+            chain,
+        ]
+        .into_iter()
+        .chain(rules)
+        .collect::<Vec<_>>()
+    };
+    nft::commit(host.netns(), &docker(&[]));
+    running.until(|s| s.warnings.iter().any(|w| w.with.contains("FORWARD"))).await;
+    let pods = |source| [&nft::within(source, [10, 64], [0xff, 0xc0])[..], &[nft::verdict(nft::ACCEPT)]].concat();
+    nft::commit(host.netns(), &docker(&[pods(true), pods(false)]));
+    running.until(|s| !s.warnings.iter().any(|w| w.with.contains("FORWARD"))).await;
+    assert!(began.elapsed() < podnet_tests::real::SOON * 5, "warnings came late: {:?}", began.elapsed());
     assert_same(&ours, &eye.settled().ours());
 }
 

@@ -4,14 +4,18 @@
 use std::time::Instant;
 
 use podnet::HostSetting;
+use podnet::driver::netlink::NEXTHOP_BASE;
 use podnet::status::Status;
 use podnet_lab::cluster::{GATEWAY, UNDERLAY_INTERFACE};
 use podnet_lab::host::End;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Host, Route, veth};
+use podnet_tests::real::eye::Eye;
 use podnet_tests::real::monitor::Monitor;
-use podnet_tests::real::{Cluster, DEVICE, SOON, STATIC, assert_same, connected, nft};
-use podnet_tests::{name, spawn};
+use podnet_tests::real::{
+    Cluster, DEVICE, SOON, STATIC, assert_same, builder, connected, heals, lone_host, many, nft, peer,
+};
+use podnet_tests::{claim, name, spawn};
 
 /// Two nodes, with an operator's own route over the device of the first.
 async fn cluster() -> Cluster {
@@ -22,13 +26,6 @@ async fn cluster() -> Cluster {
 
 async fn monitor(host: &Host) -> Monitor {
     Monitor::on(host.netns(), host.link(DEVICE).await.unwrap().index)
-}
-
-fn peers_mac(cluster: &Cluster, peer: usize) -> [u8; 6] {
-    let line = cluster.eye(peer).dump().with(&["link flannel.1"])[0].to_owned();
-    let list = line.split("Address([").nth(1).unwrap().split(']').next().unwrap();
-    let bytes: Vec<u8> = list.split(", ").map(|b| b.parse().unwrap()).collect();
-    bytes.try_into().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,7 +125,7 @@ async fn fault_04_a_deleted_neighbour_is_back_within_a_second() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_05_a_deleted_and_a_moved_forwarding_entry_are_put_right_within_a_second() {
     let cluster = cluster().await;
-    let mac = peers_mac(&cluster, 1);
+    let mac = cluster.eye(1).dump().mac(DEVICE);
     cluster.heals(0, async { cluster.host(0).delete_fdb(DEVICE, mac).await.unwrap() }).await;
     let elsewhere = [10, 240, 0, 66].into();
     cluster.heals(0, async { cluster.host(0).add_fdb(DEVICE, mac, elsewhere).await.unwrap() }).await;
@@ -168,6 +165,75 @@ async fn fault_07_a_deleted_device_is_back_within_a_second_with_the_same_mac_and
     cluster.heals(0, async { cluster.host(0).delete_link(DEVICE).await.unwrap() }).await;
     cluster.assert_pods_talk().await;
     assert_eq!(peer.events(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_02_06_07_with_nexthop_objects_too_everything_is_back_within_a_second() {
+    let host = lone_host("large").await;
+    let subnets = many(300);
+    let running = spawn(builder("me", host.netns(), subnets.clone())).await;
+    running.until(connected(300)).await;
+    let eye = Eye::on(host.netns());
+    assert_eq!(eye.settled().with(&["nexthop proto 112"]).len(), 300);
+    heals(&eye, &running, async { nft::delete_nexthop(host.netns(), NEXTHOP_BASE + 7) }).await;
+    let routes = host.routes().await.unwrap().into_iter().filter(|r| r.nexthop_id.is_some());
+    heals(&eye, &running, async {
+        for route in routes {
+            host.delete_route(&route).await.unwrap();
+        }
+    })
+    .await;
+    heals(&eye, &running, async {
+        host.set_down(DEVICE).await.unwrap();
+        host.set_up(DEVICE).await.unwrap();
+    })
+    .await;
+    heals(&eye, &running, async { host.delete_link(DEVICE).await.unwrap() }).await;
+    // An operator's plain route in the place of one of ours.
+    let plain = Route::via("10.64.9.0/24".parse().unwrap(), [10, 64, 9, 0].into(), DEVICE).onlink();
+    heals(&eye, &running, async { host.replace_route(&plain).await.unwrap() }).await;
+    running.until(connected(300)).await;
+    assert!(running.overlay.reconcile().await.unwrap().done.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_33_a_node_made_again_with_another_subnet_mac_and_address_leaves_nothing_behind() {
+    let host = lone_host("renewed").await;
+    let subnets = many(300);
+    let running = spawn(builder("me", host.netns(), subnets.clone())).await;
+    running.until(connected(300)).await;
+    let eye = Eye::on(host.netns());
+    let whole = eye.settled();
+    let again = claim("node-7", 9999, "10.70.7.0/24", "10.240.77.7", "02:00:00:00:77:07");
+    subnets.faults().inject(again);
+    eye.until_has(&["route 10.70.7.0/24 proto 112"]);
+    for left in ["10.64.7.0", "02:00:00:00:00:07", "10.240.1.7"] {
+        eye.until_lacks(&["flannel.1", &format!("{left} ")]);
+        eye.until("no line ends with it", |now| !now.lines().iter().any(|l| l.ends_with(left)), &whole);
+    }
+    subnets.faults().inject(peer(7));
+    eye.until("all is as before", |now| *now == whole, &whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_32_two_nodes_that_swap_their_addresses_end_exactly_swapped() {
+    let host = lone_host("swapped").await;
+    let subnets = many(3);
+    let running = spawn(builder("me", host.netns(), subnets.clone())).await;
+    running.until(connected(3)).await;
+    let eye = Eye::on(host.netns());
+    let whole = eye.settled();
+    let at = |number: u16, address: &str| {
+        let mac = format!("02:00:00:00:00:{number:02x}");
+        claim(&format!("node-{number}"), number.into(), &format!("10.64.{number}.0/24"), address, &mac)
+    };
+    subnets.faults().inject(at(1, "10.240.1.2"));
+    subnets.faults().inject(at(2, "10.240.1.1"));
+    running.until(connected(3)).await;
+    eye.until_has(&["02:00:00:00:00:01 to 10.240.1.2"]);
+    eye.until_has(&["02:00:00:00:00:02 to 10.240.1.1"]);
+    assert_eq!(eye.settled().with(&["neighbour Bridge dev flannel.1"]).len(), 3);
+    assert_eq!(eye.settled().lines().len(), whole.lines().len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
