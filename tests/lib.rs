@@ -132,3 +132,8 @@ pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) -> Duration
     }
     begun.elapsed()
 }
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
