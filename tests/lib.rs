@@ -110,7 +110,7 @@ impl Running {
         match waited {
             Ok(Ok(status)) => Arc::clone(&status),
             other => {
-                let seen = matches!(other, Err(_)).then_some("deadline").unwrap_or("stopped");
+                let seen = if other.is_err() { "deadline" } else { "stopped" };
                 panic!("{seen}; the last status is:\n{}", *self.overlay.status().borrow())
             }
         }
