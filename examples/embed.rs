@@ -72,14 +72,8 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
 }
 
 async fn log_changes(mut status: Receiver<Arc<Status>>) {
-    let mut last = String::new();
     while status.changed().await.is_ok() {
-        // Counters move all the time; this is what an operator reads.
-        let now = status.borrow_and_update().to_string();
-        if now != last {
-            tracing::info!("{now}");
-        }
-        last = now;
+        tracing::info!("{}", *status.borrow_and_update());
     }
 }
 
