@@ -135,7 +135,8 @@ fn run(options: &Options) -> Result<Vec<String>, Trouble> {
 /// All measurements of one number of peers.
 async fn measure(count: u16, options: &Options) -> Result<Vec<String>, Trouble> {
     let peers: Vec<Peer> = peers(count).collect();
-    let beds = [Bed::new("floor").await?, Bed::new("driver").await?, Bed::new("node").await?, Bed::new("single").await?];
+    let beds =
+        [Bed::new("floor").await?, Bed::new("driver").await?, Bed::new("node").await?, Bed::new("single").await?];
     let [floor_bed, driver_bed, node_bed, single_bed] = &beds;
     let store = store(&peers)?;
     let many = if peers.len() > 256 { Routes::Objects } else { Routes::Plain };
@@ -373,7 +374,11 @@ impl Running {
     async fn stop(self, how: Shutdown) -> Result<(), Trouble> {
         let report = self.overlay.shutdown(how).await?;
         self.task.await?;
-        if report.is_clean() { Ok(()) } else { Err(format!("the node did not end cleanly: {:?}", report.failed).into()) }
+        if report.is_clean() {
+            Ok(())
+        } else {
+            Err(format!("the node did not end cleanly: {:?}", report.failed).into())
+        }
     }
 }
 

@@ -69,8 +69,7 @@ impl Prebuilt {
         let id = |peer: &Peer| (FIRST_ID + u32::from(peer.0)).to_ne_bytes().to_vec();
         for peer in peers {
             let fixed = [AF_INET, 0, PROTOCOL, 0, ONLINK, 0, 0, 0];
-            let attributes =
-                [(1, id(peer)), (5, device.to_ne_bytes().to_vec()), (6, peer.vtep().octets().to_vec())];
+            let attributes = [(1, id(peer)), (5, device.to_ne_bytes().to_vec()), (6, peer.vtep().octets().to_vec())];
             all.add(RTM_NEWNEXTHOP, CREATE | EXCL, &fixed, &attributes);
         }
         all.close();

@@ -30,15 +30,14 @@ impl Engine {
         }
     }
 
-    /// Publishes the status if it is another one.
+    /// Brings the status up to date, and wakes those who watch it if more than counters changed.
     pub(super) fn tell(&self) {
         let status = self.status_now(if self.running { Phase::Running } else { Phase::Starting });
         self.status.send_if_modified(|old| {
-            let changed = **old != status;
-            if changed {
-                *old = Arc::new(status);
-            }
-            changed
+            // Counters alone are no news: who looks sees them, nobody is woken for them.
+            let news = Status { counters: status.counters, ..(**old).clone() } != status;
+            *old = Arc::new(status);
+            news
         });
     }
 
@@ -83,6 +82,7 @@ impl Engine {
                 met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease)))
             }
             (None, Some(trouble)) => failed(kind, trouble.to_string()),
+            (None, None) if self.no_view.is_some() => waiting(kind, "needs the underlay first"),
             (None, None) => waiting(kind, "asking the store of leases"),
         }
     }

@@ -93,7 +93,7 @@ async fn fault_02_flushed_routes_are_back_within_a_second() {
     let (kernel, _subnets, running) = cluster().await;
     heals(&kernel, |k| assert_eq!(k.flush_routes(&dev("flannel.1")), 2)).await;
     assert_eq!(kernel.take_writes().len(), 2);
-    running.until(|s| s.counters.repaired == 2).await;
+    eventually("it was counted", || running.overlay.status().borrow().counters.repaired == 2).await;
 }
 
 #[tokio::test(start_paused = true)]
