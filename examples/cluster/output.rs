@@ -10,7 +10,7 @@ use podnet_lab::{Privilege, Underlay};
 use serde_json::{Value, json};
 
 /// Width of the column that says what was tried.
-const CLAIM: usize = 29;
+const CLAIM: usize = 30;
 
 const BOLD: Style = Style::new().bold();
 const FAINT: Style = Style::new().dimmed();

@@ -34,7 +34,8 @@ pub type ChangeStream = BoxStream<'static, Change>;
 /// What belongs to this overlay, so that a driver can tell ours from others' with no memory of an earlier run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
-    /// The devices that are ours by name. A device of such a name that is not ours by kind and alias is a conflict.
+    /// The devices that are to be ours. A device of such a name that is not ours by kind and alias is a conflict; one that
+    /// is ours by kind and alias under any other name is a leftover.
     pub devices: BTreeSet<DeviceName>,
     /// The cluster networks.
     pub networks: Stack<Ipv4Network, Ipv6Network>,
@@ -69,7 +70,9 @@ pub enum Change {
     Gone(Key),
     /// Something of a device of ours changed, or of something that ours depend on: look again.
     Device(DeviceName),
-    /// Links, addresses or routes of the host changed: the underlay may be another.
+    /// A device that is not ours came, went, or changed its state, name or MTU.
+    Link(DeviceName),
+    /// Addresses or routes of the host changed: the underlay may be another.
     Host,
     /// Something in a domain moved, or hints about that domain alone were lost: observe it again.
     Domain(Domain),

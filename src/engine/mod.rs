@@ -38,7 +38,7 @@ use crate::plan::{
 };
 use crate::status::{Counters, PeerState, Report, Status};
 use crate::subnet::{LeaseRequest, SubnetManager};
-use crate::types::{Family, NodeName, Stack};
+use crate::types::{DeviceName, Family, NodeName, Stack};
 use crate::underlay::{self, UnderlayChoice};
 
 /// Hints are collected this long before the kernel is looked at, so that a flush is one look.
@@ -353,7 +353,8 @@ impl Engine {
             }
             Change::Gone(key) if self.picture.get(&key).is_none() => vec![],
             Change::Gone(key) => vec![key.domain()],
-            Change::Device(_) | Change::Host => vec![Domain::Netlink],
+            Change::Link(device) if !self.matters(&device) => vec![],
+            Change::Device(_) | Change::Link(_) | Change::Host => vec![Domain::Netlink],
             Change::Domain(domain) => vec![domain],
             Change::Unknown => self.drivers.iter().map(|d| d.domain()).collect(),
         };
@@ -364,6 +365,16 @@ impl Engine {
             self.look_at = self.look_at.max(self.settings.clock.now() + COLLECT);
         }
         self.stale.extend(domains);
+    }
+
+    /// Whether a device that is not ours can have a part in the underlay or in a conflict. Pods come and go with devices
+    /// that have none: looking at everything each time would cost more than the pod.
+    fn matters(&self, device: &DeviceName) -> bool {
+        let (Some(view), Some(host), None) = (&self.view, &self.host, &self.no_view) else { return true };
+        view.underlay.device == *device
+            || host.addresses.iter().any(|a| a.device == *device)
+            || host.routes.iter().any(|r| r.device.as_ref() == Some(device))
+            || !self.conflicts.is_empty()
     }
 
     fn note(&mut self, happened: Happened) {

@@ -93,7 +93,7 @@ async fn fault_02_flushed_routes_are_back_within_a_second() {
     let (kernel, _subnets, running) = cluster().await;
     heals(&kernel, |k| assert_eq!(k.flush_routes(&dev("flannel.1")), 2)).await;
     assert_eq!(kernel.take_writes().len(), 2);
-    running.until(|s| s.counters.repaired == 2).await;
+    eventually("it was counted", || running.overlay.status().borrow().counters.repaired == 2).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -415,6 +415,33 @@ async fn a_foreign_device_of_our_name_is_a_conflict_and_nothing_is_touched() {
     assert_eq!(kernel.dump(), before);
     kernel.link_del(&dev("flannel.1")).unwrap();
     running.until(Status::is_ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_of_ours_with_another_vni_or_name_is_taken_away() {
+    let (kernel, subnets, running) = cluster().await;
+    running.kill(&kernel).await;
+    let before = kernel.dump();
+    let drivers = [kernel.sysctl(), kernel.netlink(), kernel.firewall()];
+    let other = podnet_vxlan::Vxlan::new().vni(7).unwrap();
+    let mut node = podnet::Node::builder("me", subnets.clone()).backend(other);
+    for driver in drivers {
+        node = node.driver(driver);
+    }
+    let moved = spawn(node).await;
+    moved.until(Status::is_ready).await;
+    eventually("the device of the other VNI is gone", || !kernel.dump().contains("flannel.1 ")).await;
+    assert!(kernel.dump().contains("flannel.7 "));
+    moved.kill(&kernel).await;
+    let _back = start(&kernel, &subnets).await;
+    eventually("and back", || {
+        kernel
+            .dump()
+            .lines()
+            .filter(|l| !l.contains("accept_ra"))
+            .eq(before.lines().filter(|l| !l.contains("accept_ra")))
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]

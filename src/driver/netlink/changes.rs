@@ -70,7 +70,14 @@ pub(super) async fn listen(
     }
     let requester = Requester::open(namespace, NETLINK_ROUTE).map_err(failed("open a netlink socket"))?;
     let socket = watch(socket).map_err(failed("wait for netlink events"))?;
-    let mut ear = Ear { scope: scope.clone(), own, requester, names: Names::default(), remotes: HashMap::new() };
+    let mut ear = Ear {
+        scope: scope.clone(),
+        own,
+        requester,
+        names: Names::default(),
+        remotes: HashMap::new(),
+        congested: false,
+    };
     ear.learn().await?;
     let (sender, receiver) = mpsc::channel(HINTS);
     let task = AbortOnDrop(tokio::spawn(ear.run(socket, queue, Outbox { sender, full: false })).abort_handle());
@@ -124,6 +131,8 @@ struct Ear {
     names: Names,
     /// The remote that was last told for a MAC of a device of ours: to notice that it is another.
     remotes: HashMap<(u32, MacAddr), IpAddr>,
+    /// Events were lost, and the queue has not been empty since.
+    congested: bool,
 }
 
 impl Ear {
@@ -189,8 +198,15 @@ impl Ear {
         for _ in 0..STRETCH {
             match socket.try_io(Interest::READABLE, |socket| receive(socket, buffer)) {
                 Ok(length) => self.take(buffer.get(..length).unwrap_or_default(), &mut hints),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if e.raw_os_error() == Some(Errno::NOBUFS.0) => hints.lost = true,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // After a loss the kernel drops what comes, and says nothing of it, until its queue has been emptied.
+                    hints.lost |= std::mem::take(&mut self.congested);
+                    break;
+                }
+                Err(e) if e.raw_os_error() == Some(Errno::NOBUFS.0) => {
+                    self.congested = true;
+                    hints.lost = true;
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -230,10 +246,11 @@ impl Ear {
             return;
         }
         // A device that is renamed concerns whoever wanted either name.
-        let names = before.iter().chain([&link]).filter_map(|link| link.name.clone());
-        let ours: BTreeSet<DeviceName> = names.filter(|name| self.scope.devices.contains(name)).collect();
-        hints.host |= ours.is_empty();
-        hints.devices.extend(ours);
+        for name in before.iter().chain([&link]).filter_map(|link| link.name.clone()) {
+            let ours = self.scope.devices.contains(&name);
+            let list = if ours { &mut hints.devices } else { &mut hints.links };
+            list.insert(name);
+        }
     }
 
     fn nexthop(&mut self, message: &Message<'_>, own: bool, hints: &mut Hints) {
@@ -350,6 +367,7 @@ impl Ear {
 struct Hints {
     changes: Vec<Change>,
     devices: BTreeSet<DeviceName>,
+    links: BTreeSet<DeviceName>,
     host: bool,
     lost: bool,
 }
@@ -361,7 +379,8 @@ impl Hints {
             return;
         }
         let devices = self.devices.into_iter().map(Change::Device);
-        for change in self.changes.into_iter().chain(devices).chain(self.host.then_some(Change::Host)) {
+        let links = self.links.into_iter().map(Change::Link);
+        for change in self.changes.into_iter().chain(devices).chain(links).chain(self.host.then_some(Change::Host)) {
             outbox.send(change);
         }
     }

@@ -137,9 +137,11 @@ pub(super) async fn dump<T>(
     requester.dump(&mut request, decode).await.map_err(|trouble| trouble.error(format!("list {what}")))
 }
 
-/// Whose a device in the scope is; `None` for a device that is not in it or somebody else's.
+/// Whose a device is; `None` for one that is somebody else's. Our mark tells under any name: the device may have been
+/// renamed, or left by another configuration. What bears no mark can be ours by its name alone.
 pub(super) fn ours(link: &RawLink, scope: &Scope) -> Option<Owner> {
-    link.name.as_ref().filter(|name| scope.devices.contains(*name)).and_then(|_| link.owner(scope.adopt))
+    let name = link.name.as_ref()?;
+    link.owner(scope.adopt).filter(|owner| *owner == Owner::Ours || scope.devices.contains(name))
 }
 
 /// Whether the cluster networks hold all of this network.
@@ -252,11 +254,11 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
             loopback: link.flags & number::IFF_LOOPBACK != 0,
             vxlan: link.vxlan.map(|vxlan| (vxlan.vni, vxlan.port)),
         });
-        if !scope.devices.contains(name) {
+        if !scope.devices.contains(name) && ours(link, scope).is_none() {
             continue;
         }
         let object = link.object(|number| names.device(number), found.offload.get(&link.index).copied());
-        match (link.owner(scope.adopt), object) {
+        match (ours(link, scope), object) {
             (Some(owner), Some(object)) => {
                 mine.insert(link.index);
                 observed.objects.push((Object::Link(object), owner));

@@ -112,7 +112,7 @@ impl Listener {
         };
         match event {
             Event::Link(name) if ours(name) => vec![Change::Device(name.clone())],
-            Event::Link(_) => vec![Change::Host],
+            Event::Link(name) => vec![Change::Link(name.clone())],
             Event::Address(device, address, present) if ours(device) => {
                 if !inside(&self.scope, *address) {
                     return Vec::new();

@@ -1,6 +1,7 @@
 //! The fake netlink driver: steps become the requests that the real driver sends, one write each, so that a test can
 //! kill the process between any two of them.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use async_trait::async_trait;
@@ -52,7 +53,9 @@ impl Driver for FakeNetlink {
 
 fn observe(state: &State, scope: &Scope) -> Observed {
     let mut found = Observed::default();
-    for name in &scope.devices {
+    // A mark of ours tells under any name: renamed, or left by another configuration.
+    let names: BTreeSet<&DeviceName> = scope.devices.iter().chain(state.our_devices()).collect();
+    for name in names {
         let Some(link) = state.links.get(name) else { continue };
         match (link_owner(scope, link), plain_link(name, link)) {
             (Some(owner), Some(plain)) => {

@@ -41,8 +41,8 @@ pub(super) fn has_legacy_marks(route: &KernelRoute) -> bool {
 
 /// Whether a route leads over a device that is ours or to be ours.
 pub(super) fn over_our_device(state: &State, scope: &Scope, route: &KernelRoute) -> bool {
-    let link = route.next.device().filter(|d| scope.devices.contains(d)).and_then(|d| state.links.get(d));
-    link.is_some_and(|link| link_owner(scope, link).is_some())
+    let Some((name, link)) = route.next.device().and_then(|d| state.links.get_key_value(d)) else { return false };
+    link.is_ours() || (scope.devices.contains(name) && link_owner(scope, link).is_some())
 }
 
 /// Whose a link is that bears a name of ours; `None`: somebody else's, in the way.

@@ -1,0 +1,274 @@
+//! Podnet's real `Node` in real network namespaces, and an eye on the kernel that shares no code with podnet's drivers.
+//!
+//! The tests of `tests/kernel_*.rs` stand on it. It never waits for a length of time in the hope that something has
+//! happened, and never touches a namespace that it did not make.
+
+pub mod eye;
+pub mod monitor;
+pub mod nft;
+pub mod privilege;
+
+use std::future::Future;
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use ipnetwork::Ipv4Network;
+use podnet::config::NetworkConfig;
+use podnet::driver::NetworkNamespace;
+use podnet::lease::Lease;
+use podnet::status::Status;
+use podnet::subnet::SubnetManager;
+use podnet::subnet::memory::MemorySubnets;
+use podnet::types::Stack;
+use podnet::{Node, NodeBuilder, Runner};
+use podnet_lab::cluster::UNDERLAY_INTERFACE;
+use podnet_lab::probe::{PingOptions, ping};
+use podnet_lab::{Host, Lab, LabSpec, Netns, Route, Underlay, services};
+use podnet_vxlan::Vxlan;
+
+use crate::{Running, claim, name, spawn};
+use eye::{Dump, Eye};
+
+/// The device of the overlay.
+pub const DEVICE: &str = "flannel.1";
+/// What is promised of repairs.
+pub const SOON: Duration = Duration::from_secs(1);
+/// What is waited for before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// `RTPROT_STATIC`: an operator's route.
+pub const STATIC: u8 = 4;
+
+/// A lab with a store of leases; podnet runs on the nodes on which it was started.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The hosts, with pods.
+    pub lab: Lab,
+    /// The leases.
+    pub subnets: MemorySubnets,
+    /// The overlays, by node.
+    pub overlays: Vec<Option<Running>>,
+}
+
+impl Cluster {
+    /// Hosts and pods (one a node), and no pod network yet.
+    pub async fn bare(nodes: usize) -> Self {
+        Self::of(LabSpec { nodes, pods_per_node: 1, ..LabSpec::default() }).await
+    }
+
+    /// One Ethernet instead of Google's cloud.
+    pub async fn lan(nodes: usize) -> Self {
+        Self::of(LabSpec { nodes, pods_per_node: 1, underlay: Underlay::Lan, ..LabSpec::default() }).await
+    }
+
+    async fn of(spec: LabSpec) -> Self {
+        let mtu = spec.mtu() - 50;
+        let subnets = MemorySubnets::assigned(network(crate::NETWORK));
+        let mut lab = Lab::build(spec).await.expect("a lab: run the tests as root or under `unshare -Urn`");
+        lab.attach_pods(mtu).await.expect("pods");
+        for node in lab.nodes() {
+            subnets.assign(&name(node.name()), Stack::V4(lab.spec().subnet(node.index())));
+            services::publish(node.host(), &[services::Service::dns(Ipv4Addr::new(10, 42, 0, 2))]).expect("services");
+        }
+        let overlays = lab.nodes().iter().map(|_| None).collect();
+        Cluster { lab, subnets, overlays }
+    }
+
+    /// Podnet on every node, all of them connected.
+    pub async fn running(nodes: usize) -> Self {
+        let mut cluster = Self::bare(nodes).await;
+        cluster.start_all().await;
+        cluster
+    }
+
+    /// Starts podnet on every node and waits until each knows all others.
+    pub async fn start_all(&mut self) {
+        let nodes = self.lab.nodes().len();
+        for index in 0..nodes {
+            self.overlays[index] = Some(spawn(self.builder(index)).await);
+        }
+        for index in 0..nodes {
+            self.overlay(index).until(connected(nodes - 1)).await;
+        }
+    }
+
+    /// A node with the defaults of the tests.
+    pub fn builder(&self, index: usize) -> NodeBuilder {
+        let node = &self.lab.nodes()[index];
+        builder(node.name(), node.netns(), self.subnets.clone())
+    }
+
+    /// Starts podnet on a node and waits until it is ready.
+    pub async fn start(&mut self, index: usize) {
+        let running = spawn(self.builder(index)).await;
+        running.until(Status::is_ready).await;
+        self.overlays[index] = Some(running);
+    }
+
+    /// The overlay of a node.
+    pub fn overlay(&self, index: usize) -> &Running {
+        self.overlays[index].as_ref().expect("podnet runs on the node")
+    }
+
+    /// A node's host.
+    pub fn host(&self, index: usize) -> &Host {
+        self.lab.nodes()[index].host()
+    }
+
+    /// An eye on a node.
+    pub fn eye(&self, index: usize) -> Eye {
+        Eye::on(self.host(index).netns())
+    }
+
+    /// Every pod reaches every other one, with no packet lost.
+    pub async fn assert_pods_talk(&self) {
+        for from in self.lab.pods() {
+            for to in self.lab.pods().filter(|to| to.address() != from.address()) {
+                let report = ping(from.netns(), to.ip(), PingOptions { count: 3, ..PingOptions::default() }).await;
+                let report = report.expect("a ping");
+                assert!(report.all_answered(), "{} to {}: {report:?}", from.name(), to.name());
+            }
+        }
+    }
+
+    /// Objects of others on a node, beside docker's bridge, the default route and the services' table: an operator's own
+    /// route over our device.
+    pub async fn add_operators_route(&self, index: usize, peer: usize) {
+        let gateway = self.lab.spec().subnet(peer).network();
+        let route = Route::via("192.168.77.0/24".parse().expect("a network"), gateway.into(), DEVICE).onlink();
+        self.host(index).add_route(&Route { protocol: STATIC, ..route }).await.expect("the operator's route");
+    }
+
+    /// The route that a node has to a peer.
+    pub fn route_to(&self, peer: usize) -> Route {
+        let subnet = self.lab.spec().subnet(peer);
+        let route = Route::via(subnet.into(), subnet.network().into(), DEVICE).onlink();
+        Route { protocol: podnet::driver::netlink::PROTOCOL, ..route }
+    }
+
+    /// Does harm on a node and waits until all of its kernel is as before. Returns how long that took, from before the harm on.
+    pub async fn heals<F: Future<Output = ()>>(&self, index: usize, harm: F) -> Duration {
+        let (eye, running) = (self.eye(index), self.overlay(index));
+        let whole = eye.settled();
+        let steps = running.steps();
+        let begun = Instant::now();
+        harm.await;
+        // Once it wrote: before that, the harm may not be visible yet.
+        running.until(|s| s.counters.steps > steps).await;
+        let seen = eye.until("the kernel is as before", |now| *now == whole, &whole);
+        let took = begun.elapsed();
+        assert!(took < SOON, "back after {took:?} only, {} looks", seen);
+        took
+    }
+}
+
+impl Running {
+    /// Steps done so far.
+    pub fn steps(&self) -> u64 {
+        self.overlay.status().borrow().counters.steps
+    }
+
+    /// Drops the runner where it stands, and waits until it is gone: what remains is what a killed process leaves.
+    pub async fn abort(mut self) {
+        self.task.abort();
+        let ended = (&mut self.task).await;
+        assert!(ended.is_err_and(|e| e.is_cancelled()), "it was still running");
+    }
+}
+
+/// A status with so many peers, all of them connected, and this node ready.
+pub fn connected(peers: usize) -> impl Fn(&Status) -> bool {
+    move |status| status.is_ready() && status.peers.total == peers && status.peers.connected == peers
+}
+
+/// A cluster network.
+pub fn network(network: &str) -> NetworkConfig {
+    NetworkConfig::new(Stack::V4(network.parse().expect("a network"))).expect("a valid network")
+}
+
+/// A node in a namespace.
+pub fn builder(name: &str, netns: &Netns, subnets: impl SubnetManager) -> NodeBuilder {
+    Node::builder(name, subnets).backend(Vxlan::new()).network_namespace(namespace(netns))
+}
+
+/// A namespace as podnet is given it.
+pub fn namespace(netns: &Netns) -> NetworkNamespace {
+    NetworkNamespace::File(Arc::new(netns.fd().try_clone_to_owned().expect("a descriptor")))
+}
+
+/// A host alone: `ens4` (a bridge without ports, which is enough of an underlay), the default route and docker's bridge. Nobody
+/// answers there, so that a thousand peers cost nothing but their entries.
+pub async fn lone_host(name: &str) -> Host {
+    let host = Host::new(name).expect("a namespace: run the tests as root or under `unshare -Urn`");
+    host.add_bridge(UNDERLAY_INTERFACE, Some(1500)).await.expect("an underlay");
+    host.add_address(UNDERLAY_INTERFACE, "10.240.0.103/24".parse().expect("an address")).await.expect("its address");
+    let default = Route::via("0.0.0.0/0".parse().expect("a network"), [10, 240, 0, 1].into(), UNDERLAY_INTERFACE);
+    host.add_route(&default.from_dhcp([10, 240, 0, 103].into(), 100)).await.expect("its default route");
+    host.add_bridge("docker0", None).await.expect("docker's bridge");
+    host.add_address("docker0", "172.17.0.1/16".parse().expect("an address")).await.expect("its address");
+    host.set_sysctl("net.ipv4.ip_forward", "1").expect("forwarding");
+    host
+}
+
+/// The cluster network of [`many`].
+pub const WIDE: &str = "10.64.0.0/10";
+
+/// A store with node `me` in it (10.127.255.0/24) and so many peers.
+pub fn many(peers: u16) -> MemorySubnets {
+    let subnets = MemorySubnets::assigned(network(WIDE));
+    subnets.assign(&name("me"), Stack::V4(own_subnet()));
+    (0..peers).for_each(|number| subnets.faults().inject(peer(number)));
+    subnets
+}
+
+fn own_subnet() -> Ipv4Network {
+    "10.127.255.0/24".parse().expect("a network")
+}
+
+/// Peer `number` of [`many`].
+pub fn peer(number: u16) -> Lease {
+    let [high, low] = number.to_be_bytes();
+    claim(
+        &format!("node-{number}"),
+        number.into(),
+        &format!("10.{}.{low}.0/24", 64 + high),
+        &format!("10.240.{}.{low}", 1 + high),
+        &format!("02:00:00:00:{high:02x}:{low:02x}"),
+    )
+}
+
+/// A runner that ends after so many polls, as one that is dropped there.
+#[derive(Debug)]
+pub struct Doomed {
+    runner: Option<Runner>,
+    left: usize,
+}
+
+impl Doomed {
+    /// `polls` are the runner's life.
+    pub fn after(polls: usize, runner: Runner) -> Self {
+        Doomed { runner: Some(runner), left: polls }
+    }
+}
+
+impl Future for Doomed {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.left == 0 {
+            self.runner = None;
+        }
+        self.left = self.left.saturating_sub(1);
+        match &mut self.runner {
+            Some(runner) => Pin::new(runner).poll(cx),
+            None => Poll::Ready(()),
+        }
+    }
+}
+
+/// Waits until a host has a state, and says what is missing if it does not come.
+pub fn assert_same(before: &Dump, after: &Dump) {
+    assert!(before == after, "it should be as before:\n{}", before.difference(after));
+}
