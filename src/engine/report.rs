@@ -50,6 +50,7 @@ impl Engine {
         conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
         let mut warnings: Vec<_> = self.warnings.values().flatten().cloned().collect();
         if let Some(view) = &self.view {
+            warnings.extend(view.shadowing.iter().cloned());
             warnings.extend(wish::missing_settings(&self.settings, view, &self.observed_sysctls()));
         }
         let troubled = self.troubled();
