@@ -1,4 +1,4 @@
-//! A distribution's node binary, in 60 lines: podnet in this network namespace, until a signal, after which the network stays up.
+//! A distribution's node binary in some 60 lines: podnet in this network namespace, until a signal, after which the network stays up.
 //!
 //! ```sh
 //! embed --name rke-52b280-0 --network 10.42.0.0/16 --subnet 10.42.0.0/24
@@ -7,7 +7,7 @@
 //!
 //! The leases here are in this process, so this node has no peers: a cluster's nodes share a store.
 
-use std::{error::Error, net::SocketAddr, sync::Arc};
+use std::{error::Error, net::SocketAddr, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use ipnetwork::Ipv4Network;
@@ -38,9 +38,18 @@ struct Options {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
-    let options = Options::parse();
-    tracing_subscriber::fmt().init();
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_ansi(false).init();
+    match run(Options::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(options.status).await?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
 
@@ -63,14 +72,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn log_changes(mut status: Receiver<Arc<Status>>) {
-    let mut last = String::new();
     while status.changed().await.is_ok() {
-        // Counters move all the time; this is what an operator reads.
-        let now = status.borrow_and_update().to_string();
-        if now != last {
-            tracing::info!("{now}");
-        }
-        last = now;
+        tracing::info!("{}", *status.borrow_and_update());
     }
 }
 

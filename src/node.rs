@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use tokio::sync::{mpsc, watch};
+use tracing::Instrument;
 
 use crate::admission::Reserved;
 use crate::backend::Backend;
@@ -154,16 +155,20 @@ impl Node {
         drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver()));
         let (commands, queue) = mpsc::channel(QUEUE);
         let (status, watcher) = watch::channel(Arc::new(starting(&self.settings.node)));
+        let span = tracing::info_span!("podnet", node = %self.settings.node);
         let engine = Engine::new(self.settings, self.masquerade, drivers, queue, status);
         let work = async move {
             engine.run().await;
             drop(lock);
-        };
+        }
+        .instrument(span);
         Ok((Arc::new(Handle::new(commands, watcher)), Runner { work: Box::pin(work) }))
     }
 }
 
 /// The work of an overlay: a future that the embedder spawns, and that returns after a shutdown.
+///
+/// It logs by `tracing`, inside a span `podnet` with the field `node`, so that several overlays of one process can be told apart.
 ///
 /// Dropping it stops the work at the next await and leaves the network as it is; the handle then answers
 /// [`Error::Stopped`].

@@ -66,7 +66,7 @@ pub trait Overlay: Debug + Send + Sync + 'static {
     /// Changes the masquerade policy while running: one transaction a family, no moment without rules.
     async fn set_masquerade(&self, policy: MasqueradePolicy) -> Result<Report, Error>;
 
-    /// How the overlay is, now and whenever that changes.
+    /// How the overlay is, now and whenever that changes. A change of the counters alone wakes nobody.
     fn status(&self) -> watch::Receiver<Arc<Status>>;
 
     /// Ends the overlay; the runner returns after it. What could not be taken away is in the report.

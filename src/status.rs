@@ -51,6 +51,20 @@ impl Status {
             && ConditionKind::ALL.iter().all(|kind| self.condition(*kind).state == ConditionState::Met)
     }
 
+    /// One line for a log: ready or the first reason why not, and the peers.
+    pub fn summary(&self) -> String {
+        let not_met = self.conditions.iter().find(|c| c.state != ConditionState::Met);
+        let state = match (self.phase, not_met) {
+            (Phase::Stopped, _) => "stopped".to_owned(),
+            (_, Some(c)) => format!("not ready: {:?}: {}", c.kind, c.message),
+            (Phase::Starting, None) => "starting".to_owned(),
+            (Phase::Running, None) => "ready".to_owned(),
+        };
+        let (conflicts, warnings) = (self.conflicts.len(), self.warnings.len());
+        let p = &self.peers;
+        format!("{state}; {} of {} peers connected; {conflicts} conflicts, {warnings} warnings", p.connected, p.total)
+    }
+
     /// The condition of a kind.
     pub fn condition(&self, kind: ConditionKind) -> Condition {
         let unknown = || Condition { kind, state: ConditionState::Waiting, message: "not known yet".to_owned() };

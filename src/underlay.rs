@@ -164,6 +164,9 @@ pub struct Collisions {
     pub blocking: Vec<(Family, Conflict)>,
     /// Connected networks of the host inside the cluster network: peers whose subnets meet them are kept out.
     pub reserved: Vec<Reserved>,
+    /// Connected networks smaller than a node's subnet: they take some addresses out of a peer's, which is said and
+    /// no reason to cut the peer off.
+    pub shadowing: Vec<Conflict>,
 }
 
 /// Finds what of the host collides with the overlay. `ours` are the overlay's devices; a connected route inside `subnets`
@@ -213,6 +216,13 @@ pub fn collisions(
                     what,
                     "the cluster network overlaps a network that this host is connected to: choose another cluster network, or remove that one",
                 ));
+            } else if own.is_some_and(|own| route.destination.prefix() > own.prefix()) {
+                found.shadowing.push(Conflict {
+                    object: Key::Route(route.destination, route.metric),
+                    with: what,
+                    advice: "pods of other nodes with addresses in it cannot be reached from here: remove it if it is not meant"
+                        .to_owned(),
+                });
             } else {
                 found.reserved.push(Reserved {
                     network: route.destination,

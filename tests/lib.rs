@@ -110,7 +110,7 @@ impl Running {
         match waited {
             Ok(Ok(status)) => Arc::clone(&status),
             other => {
-                let seen = matches!(other, Err(_)).then_some("deadline").unwrap_or("stopped");
+                let seen = if other.is_err() { "deadline" } else { "stopped" };
                 panic!("{seen}; the last status is:\n{}", *self.overlay.status().borrow())
             }
         }
@@ -132,3 +132,8 @@ pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) -> Duration
     }
     begun.elapsed()
 }
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

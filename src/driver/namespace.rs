@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -38,6 +38,13 @@ pub enum NetworkNamespace {
     Sockets(Arc<dyn SocketSource>),
 }
 
+impl From<OwnedFd> for NetworkNamespace {
+    /// The namespace that an open file stands for.
+    fn from(file: OwnedFd) -> Self {
+        NetworkNamespace::File(Arc::new(file))
+    }
+}
+
 impl NetworkNamespace {
     /// Runs `work` in the namespace: on this thread where it is the current one, else on a thread of its own, which
     /// this call waits for. Opening sockets and small files only: it blocks.
@@ -49,7 +56,8 @@ impl NetworkNamespace {
         let file = match self {
             NetworkNamespace::Current => return work(),
             NetworkNamespace::Path(path) => Arc::new(OwnedFd::from(File::open(path).map_err(|e| {
-                io::Error::new(e.kind(), format!("network namespace {} cannot be opened: {e}", path.display()))
+                let text = format!("network namespace {} cannot be opened: {e}{}", path.display(), siblings(path));
+                io::Error::new(e.kind(), text)
             })?)),
             NetworkNamespace::File(file) => Arc::clone(file),
             NetworkNamespace::Sockets(_) => {
@@ -98,6 +106,16 @@ impl NetworkNamespace {
     }
 }
 
+/// What is there instead of a path that is not: at most 16 names, sorted.
+fn siblings(path: &Path) -> String {
+    let Some(entries) = path.parent().and_then(|folder| std::fs::read_dir(folder).ok()) else { return String::new() };
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).take(256).collect();
+    names.sort();
+    names.truncate(16);
+    if names.is_empty() { " (the folder is empty)".to_owned() } else { format!(" (there are: {})", names.join(", ")) }
+}
+
 /// The one place with `unsafe` in this crate: a file descriptor that the host handed over becomes a socket of netlink-sys,
 /// which offers no safe way.
 mod given {
@@ -111,5 +129,17 @@ mod given {
     pub(super) fn netlink(fd: OwnedFd) -> Socket {
         // SAFETY: `fd` is owned and open, and `into_raw_fd` gives up that ownership: the socket is its only owner.
         unsafe { Socket::from_raw_fd(fd.into_raw_fd()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_that_is_missing_is_named_with_what_exists() {
+        let missing = NetworkNamespace::Path("/proc/self/ns/nett".into());
+        let error = missing.run(|| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("/proc/self/ns/nett") && error.contains("mnt, net"), "{error}");
     }
 }

@@ -481,10 +481,12 @@ impl Engine {
     }
 
     fn adopt_view(&mut self, view: View) {
-        let same = self
-            .view
-            .as_ref()
-            .is_some_and(|old| old.nodes == view.nodes && old.blocking == view.blocking && old.policy == view.policy);
+        let same = self.view.as_ref().is_some_and(|old| {
+            old.nodes == view.nodes
+                && old.blocking == view.blocking
+                && old.shadowing == view.shadowing
+                && old.policy == view.policy
+        });
         if same {
             return;
         }

@@ -7,7 +7,7 @@ use super::{Engine, wish};
 use crate::admission::Verdict;
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::plan::Unit;
+use crate::plan::{Conflict, Key, Unit};
 use crate::status::{
     Condition, ConditionKind, ConditionState, PeerCounts, PeerFamily, PeerState, PeerStatus, Phase, Status,
 };
@@ -30,15 +30,14 @@ impl Engine {
         }
     }
 
-    /// Publishes the status if it is another one.
+    /// Brings the status up to date, and wakes those who watch it if more than counters changed.
     pub(super) fn tell(&self) {
         let status = self.status_now(if self.running { Phase::Running } else { Phase::Starting });
         self.status.send_if_modified(|old| {
-            let changed = **old != status;
-            if changed {
-                *old = Arc::new(status);
-            }
-            changed
+            // Counters alone are no news: who looks sees them, nobody is woken for them.
+            let news = Status { counters: status.counters, ..(**old).clone() } != status;
+            *old = Arc::new(status);
+            news
         });
     }
 
@@ -51,6 +50,7 @@ impl Engine {
         conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
         let mut warnings: Vec<_> = self.warnings.values().flatten().cloned().collect();
         if let Some(view) = &self.view {
+            warnings.extend(view.shadowing.iter().cloned());
             warnings.extend(wish::missing_settings(&self.settings, view, &self.observed_sysctls()));
         }
         let troubled = self.troubled();
@@ -83,6 +83,7 @@ impl Engine {
                 met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease)))
             }
             (None, Some(trouble)) => failed(kind, trouble.to_string()),
+            (None, None) if self.no_view.is_some() => waiting(kind, "needs the underlay first"),
             (None, None) => waiting(kind, "asking the store of leases"),
         }
     }
@@ -178,8 +179,7 @@ impl Engine {
                 counts.pending += 1;
             }
         }
-        let blocked = self.view.as_ref().is_none_or(|v| !v.blocking.is_empty());
-        if self.programmed && !blocked {
+        if self.programmed && self.view.is_some() && self.no_ground().is_none() {
             counts.connected = total.saturating_sub(troubled.len());
         }
         counts
@@ -202,11 +202,20 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let state = self.trouble_of(&lease.node, family).or_else(|| self.connected(verdict));
+                let cut_off = || self.no_ground().map(|c| PeerState::Unreachable { reason: c.to_string() });
+                let state = self.trouble_of(&lease.node, family).or_else(cut_off);
+                let state = state.or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
             })
             .collect();
         Some(PeerStatus { node: lease.node.clone(), precedence: lease.precedence.clone(), families })
+    }
+
+    /// What of others keeps this node itself out of its network, so that no peer can be reached.
+    fn no_ground(&self) -> Option<&Conflict> {
+        let own = |key: &Key| matches!(self.desired.owner(key), Some(Unit::Node(_)));
+        let blocking = self.view.iter().flat_map(|view| &view.blocking).map(|(_, conflict)| conflict).next();
+        blocking.or_else(|| self.conflicts.iter().find(|(key, _)| own(key)).map(|(_, conflict)| conflict))
     }
 
     fn connected(&self, verdict: &Verdict) -> Option<PeerState> {

@@ -26,6 +26,7 @@ pub(super) struct View {
     pub(super) nodes: Vec<NodeView>,
     pub(super) pod_mtu: Mtu,
     pub(super) blocking: Vec<(Family, Conflict)>,
+    pub(super) shadowing: Vec<Conflict>,
     pub(super) policy: Policy,
     networks: Stack<Ipv4Network, Ipv6Network>,
     subnets: Stack<Ipv4Network, Ipv6Network>,
@@ -105,7 +106,7 @@ pub(super) fn view(
         pod_mtu = Some(pod_mtu.map_or(mtu, |least| least.min(mtu)));
         nodes.push(NodeView { node: settings.node.clone(), networks, subnets, underlay: underlay.clone(), offer });
     }
-    let Collisions { blocking, reserved } = underlay::collisions(host, &networks, &subnets, &underlay);
+    let Collisions { blocking, reserved, shadowing } = underlay::collisions(host, &networks, &subnets, &underlay);
     let policy = Policy {
         node: settings.node.clone(),
         networks,
@@ -115,7 +116,7 @@ pub(super) fn view(
         reserved: settings.reserved.iter().cloned().chain(reserved).chain(standing(host, &underlay)).collect(),
     };
     let pod_mtu = pod_mtu.unwrap_or(underlay.mtu);
-    Ok(View { families, underlay, nodes, pod_mtu, blocking, policy, networks, subnets })
+    Ok(View { families, underlay, nodes, pod_mtu, blocking, shadowing, policy, networks, subnets })
 }
 
 /// What a pod's subnet must never cover: the gateways through which this node reaches the rest of the world, and what is

@@ -18,7 +18,7 @@ use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage};
 use netlink_sys::Socket;
 use podnet_lab::Netns;
 
-use super::nft::{self, attributes};
+use super::nft::{self, attributes, text};
 
 /// `RTM_GETLINK`, `RTM_GETADDR`, `RTM_GETROUTE`, `RTM_GETNEIGH`, `RTM_GETNEXTHOP` (rtnetlink.h).
 const LINKS: u16 = 18;
@@ -59,6 +59,14 @@ impl Dump {
     /// Whether some line holds all of these parts.
     pub fn has(&self, parts: &[&str]) -> bool {
         !self.with(parts).is_empty()
+    }
+
+    /// The link-layer address of a device.
+    pub fn mac(&self, device: &str) -> [u8; 6] {
+        let line = self.with(&[&format!("link {device} ")])[0];
+        let list = line.split("Address([").nth(1).and_then(|rest| rest.split(']').next()).expect("a list of bytes");
+        let bytes: Vec<u8> = list.split(", ").map(|b| b.parse().expect("a byte")).collect();
+        bytes.try_into().expect("six bytes")
     }
 
     /// What is not podnet's.
@@ -104,6 +112,11 @@ impl Eye {
             netns.run(open).expect("the namespace").expect("a netlink socket")
         };
         Eye { route: open(0), nft: open(12), netns: netns.clone() }
+    }
+
+    /// Where it looks.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
     }
 
     /// All of it.
@@ -301,6 +314,48 @@ fn dump(socket: &Socket, kind: u16, payload: &[u8]) -> Option<Vec<Vec<u8>>> {
             }
         }
     }
+}
+
+/// What `ethtool -k DEVICE` says of tx-checksum-ip-generic; `None` if there is no such device.
+pub fn tx_checksum_offload(netns: &Netns, device: &str) -> Option<bool> {
+    /// `GENL_ID_CTRL`, and `ETHTOOL_MSG_FEATURES_GET` (ethtool_netlink.h).
+    const CONTROL: u16 = 16;
+    const GET_FEATURES: u8 = 11;
+    let ask = |socket: &Socket, kind: u16, payload: &[u8]| -> io::Result<Vec<u8>> {
+        let length = u32::try_from(16 + payload.len()).expect("a short message");
+        let mut request = length.to_ne_bytes().to_vec();
+        request.extend(kind.to_ne_bytes());
+        request.extend(1_u16.to_ne_bytes());
+        request.extend([0; 8]);
+        request.extend(payload);
+        socket.send(&request, 0)?;
+        Ok(socket.recv_from_full()?.0)
+    };
+    let look = || -> io::Result<Option<bool>> {
+        let mut socket = Socket::new(16)?;
+        socket.bind_auto()?;
+        // CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_NAME; the answer has CTRL_ATTR_FAMILY_ID.
+        let mut payload = vec![3, 1, 0, 0];
+        payload.extend(nft::attribute(2, &nft::name("ethtool")));
+        let answer = ask(&socket, CONTROL, &payload)?;
+        let family = attributes(&answer[20..]).into_iter().find(|(kind, _)| *kind == 1).expect("the family").1;
+        let family = u16::from_ne_bytes([family[0], family[1]]);
+        // ETHTOOL_A_FEATURES_HEADER with ETHTOOL_A_HEADER_DEV_NAME.
+        let mut payload = vec![GET_FEATURES, 1, 0, 0];
+        payload.extend(nft::attribute(1 | 0x8000, &nft::attribute(2, &nft::name(device))));
+        let answer = ask(&socket, family, &payload)?;
+        if message_type(&answer) == 2 {
+            return Ok(None);
+        }
+        // ETHTOOL_A_FEATURES_ACTIVE, its list of bits, and in each bit its name.
+        let first = |bytes: &[u8], wanted: u16| {
+            attributes(bytes).into_iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| value.to_vec())
+        };
+        let bits = first(&answer[20..], 4).and_then(|active| first(&active, 3)).unwrap_or_default();
+        let names = attributes(&bits).into_iter().filter_map(|(_, bit)| first(bit, 2)).map(|name| text(&name));
+        Ok(Some(names.into_iter().any(|name| name == "tx-checksum-ip-generic")))
+    };
+    netns.run(look).expect("the namespace").expect("ethtool over netlink")
 }
 
 /// The messages of a datagram.

@@ -1,4 +1,5 @@
-//! nftables by raw netlink: enough to make what Docker, firewalld, flannel or an operator would make, and to harm what podnet made.
+//! nftables (and nexthop objects) by raw netlink: enough to make what Docker, firewalld, flannel or an operator would make, and to harm
+//! what podnet made.
 
 use std::io;
 
@@ -151,12 +152,15 @@ pub fn verdict(verdict: u32) -> Vec<u8> {
     expression("immediate", &[number(1, 0), nest(2, &[code])])
 }
 
-/// The source address (or, not `source`, the destination) in a /16.
-pub fn in_16(source: bool, network: [u8; 2]) -> [Vec<u8>; 2] {
+/// The source address (or, not `source`, the destination) in a network, by the first two bytes and their mask.
+pub fn within(source: bool, network: [u8; 2], mask: [u8; 2]) -> [Vec<u8>; 3] {
     let offset = if source { 12 } else { 16 };
-    let load = expression("payload", &[number(1, 8), number(2, 1), number(3, offset), number(4, 2)]);
-    let value = nest(3, &[attribute(1, &network)]);
-    [load, expression("cmp", &[number(1, 8), number(2, 0), value])]
+    let data = |kind, bytes: &[u8]| nest(kind, &[attribute(1, bytes)]);
+    [
+        expression("payload", &[number(1, 8), number(2, 1), number(3, offset), number(4, 2)]),
+        expression("bitwise", &[number(1, 8), number(2, 8), number(3, 2), data(4, &mask), data(5, &[0, 0])]),
+        expression("cmp", &[number(1, 8), number(2, 0), data(3, &network)]),
+    ]
 }
 
 /// The rules of a table, in order.
@@ -237,6 +241,22 @@ pub fn commit(netns: &Netns, steps: &[Step]) {
         Ok(())
     };
     netns.run(work).expect("the namespace").unwrap_or_else(|e| panic!("nftables refused {steps:?}: {e}"));
+}
+
+/// Deletes a nexthop object; the kernel deletes the routes that name it and does not say so.
+pub fn delete_nexthop(netns: &Netns, id: u32) {
+    /// `RTM_DELNEXTHOP`, and `NHA_ID` (rtnetlink.h, nexthop.h).
+    const DELETE: u16 = 105;
+    let work = || -> io::Result<i32> {
+        let mut payload = vec![0; 8];
+        payload.extend(attribute(1, &id.to_ne_bytes()));
+        let mut socket = Socket::new(0)?;
+        socket.bind_auto()?;
+        socket.send(&message(DELETE, 5, 1, &payload), 0)?;
+        let (answer, _) = socket.recv_from_full()?;
+        Ok(i32::from_ne_bytes(answer[16..20].try_into().expect("four bytes")))
+    };
+    assert_eq!(netns.run(work).expect("the namespace").expect("an answer"), 0, "there was such an object");
 }
 
 fn socket() -> io::Result<Socket> {

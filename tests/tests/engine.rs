@@ -93,7 +93,7 @@ async fn fault_02_flushed_routes_are_back_within_a_second() {
     let (kernel, _subnets, running) = cluster().await;
     heals(&kernel, |k| assert_eq!(k.flush_routes(&dev("flannel.1")), 2)).await;
     assert_eq!(kernel.take_writes().len(), 2);
-    running.until(|s| s.counters.repaired == 2).await;
+    eventually("it was counted", || running.overlay.status().borrow().counters.repaired == 2).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -490,6 +490,16 @@ async fn a_bridge_inside_the_cluster_network_keeps_out_only_the_peer_that_it_mee
     let running = spawn(builder(&kernel, subnets)).await;
     let status = running.until(|s| s.peers.connected == 1 && s.peers.refused == 1).await;
     assert!(status.to_string().contains("docker0"), "{status}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_network_inside_a_peers_subnet_is_a_warning_and_cuts_nobody_off() {
+    let (kernel, _subnets, running) = cluster().await;
+    kernel.addr_add(&dev("docker0"), "10.42.1.65/26".parse().unwrap()).unwrap();
+    let status = running.until(|s| s.to_string().contains("10.42.1.64/26")).await;
+    assert_eq!(status.peers.connected, 2, "{status}");
+    assert!(status.is_ready());
+    assert_eq!(kernel.take_writes().len(), 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -246,6 +246,7 @@ fn dns_pod(lab: &Lab) -> Result<Pod, LabError> {
 
 async fn removed(networks: Vec<PodNetwork>) -> Result<Seen, DemoError> {
     let (mut steps, mut troubles, mut kept) = (0, Vec::new(), Vec::new());
+    let nodes = count(networks.len(), "node");
     for stopped in join_all(networks.into_iter().map(|network| network.stop(Shutdown::RemoveState))).await {
         match stopped {
             Ok(report) => {
@@ -257,7 +258,8 @@ async fn removed(networks: Vec<PodNetwork>) -> Result<Seen, DemoError> {
             Err(error) => troubles.push(error.to_string()),
         }
     }
-    let mut text = format!("{steps} removals");
+    let refused = if troubles.is_empty() { "none" } else { "some" };
+    let mut text = format!("{steps} removals on {nodes}, {refused} refused");
     if !kept.is_empty() {
         text.push_str(&format!("; these settings stay: {}", kept.join(", ")));
     }

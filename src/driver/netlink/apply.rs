@@ -188,8 +188,11 @@ impl<'a> Run<'a> {
             Err(trouble) => return Err(trouble.error(attempted())),
         }
         let index = self.index(&to.name).map_err(|trouble| trouble.error(attempted()))?;
-        let finish = self.core.rtnl.change_link(link::finish(index)).await;
-        finish.map_err(|trouble| trouble.error(format!("{} (alias, no link-local address)", attempted())))?;
+        // The mark last: a device without it is one that was not finished.
+        let quiet = link::without_ipv6(self.core.rtnl.change_link(link::no_link_local(index)).await);
+        quiet.map_err(|trouble| trouble.error(format!("{} ({})", attempted(), link::NO_LINK_LOCAL)))?;
+        let marked = self.core.rtnl.change_link(link::mark(index)).await;
+        marked.map_err(|trouble| trouble.error(format!("{} (alias)", attempted())))?;
         self.offload(step, to, index)?;
         if to.up {
             let up = self.core.rtnl.change_link(link::switch(index, true)).await;
@@ -289,7 +292,9 @@ impl<'a> Run<'a> {
                     answer.map_err(|trouble| trouble.error(format!("{} (restore its neighbours)", attempted())))?;
                 }
             } else {
-                self.core.rtnl.change_link(alteration.message).await.map_err(named)?;
+                let answer = self.core.rtnl.change_link(alteration.message).await;
+                let quiet = alteration.attribute == link::NO_LINK_LOCAL;
+                if quiet { link::without_ipv6(answer) } else { answer }.map_err(named)?;
             }
         }
         Ok(())
@@ -717,7 +722,10 @@ fn untold(link: &Link) -> Link {
 /// Deleting what is absent is success.
 fn absent_is_done(answer: Result<(), Trouble>) -> Result<(), Trouble> {
     match answer {
-        Err(Trouble::Refused(Errno::NOENT | Errno::SRCH | Errno::NODEV | Errno::ADDRNOTAVAIL, _)) => Ok(()),
+        // ENXIO: an IPv6 address of a device that has no IPv6.
+        Err(Trouble::Refused(Errno::NOENT | Errno::SRCH | Errno::NXIO | Errno::NODEV | Errno::ADDRNOTAVAIL, _)) => {
+            Ok(())
+        }
         other => other,
     }
 }

@@ -1,7 +1,8 @@
 //! What the kernel tells about changed rules, as hints.
 //!
 //! A transaction of others is seen message by message (group `NFNLGRP_NFTABLES`). What touches our tables, flannel's, or
-//! a base chain at the forward hook is worth a look; all else, as kube-proxy's thousands of rules, is passed over.
+//! a base chain at the forward hook is worth a look, and so is a whole table that goes, as newer kernels do not tell the
+//! hook of a chain that goes with it; all else, as kube-proxy's thousands of rules, is passed over.
 
 use super::connection::{answer, frames};
 use super::table::{HOOK_FORWARD, flannel_table, proto};
@@ -36,6 +37,7 @@ pub(super) fn changes_in(datagram: &[u8], own_port: u32) -> Vec<Change> {
             Some(family) if table == Ruleset::TABLE || table == flannel_table(family) => {
                 Change::Domain(Domain::Firewall)
             }
+            _ if message.kind == NFT_MSG_DELTABLE => Change::Domain(Domain::Firewall),
             _ if matches!(message.kind, NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN)
                 && message.attributes().nest(4).u32(1) == Some(HOOK_FORWARD) =>
             {

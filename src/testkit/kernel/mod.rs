@@ -1,7 +1,7 @@
 //! A kernel for tests: it keeps links, addresses, neighbours, FDB, routes, firewall tables and sysctls, behaves as the
 //! real one was seen to (6.18), tells its listeners what the real one tells, and fails when a test says so. No root, no time.
 //!
-//! Our side works it through [`Driver`](crate::driver::Driver)s; the world's side through the methods of
+//! Our side works it through [`Driver`]s; the world's side through the methods of
 //! [`FakeKernel`], which stand for an operator, another daemon or the hardware. It carries no packet.
 //!
 //! ```

@@ -2,6 +2,7 @@
 //! kill the process between any two of them.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use async_trait::async_trait;
 
@@ -17,7 +18,7 @@ use crate::driver::{
 use crate::plan::{
     Address, Conflict, Domain, Fdb, Fit, Key, Link, LinkKind, Neighbour, NextHop, Object, Owner, Route, Step, UnitPlan,
 };
-use crate::types::{DeviceName, Mtu};
+use crate::types::{DeviceName, MacAddr, Mtu};
 
 #[derive(Debug)]
 pub(super) struct FakeNetlink {
@@ -255,6 +256,10 @@ fn link_alter(inner: &mut Inner, step: &Step, to: &Link) -> Result<(), Failure> 
     if is.vxlan.is_none() || !(is.is_ours() || is.alias.is_none()) {
         return Err(in_the_way(step, link_line(name, &is), "delete or rename that device"));
     }
+    if let Some(on) = to.tx_checksum_offload.filter(|on| *on != is.tx_checksum_offload) {
+        let word = if on { "on" } else { "off" };
+        request(inner, step, format!("ethtool -K {name} tx {word}"), |s| s.link_set_offload(name, on))?;
+    }
     if !is.is_ours() {
         mark_link(inner, step, name)?;
     }
@@ -278,17 +283,20 @@ fn link_alter(inner: &mut Inner, step: &Step, to: &Link) -> Result<(), Failure> 
             s.vxlan_alter(name, &now)
         })?;
     }
-    if is.mac != to.mac {
-        request(inner, step, format!("ip link set {name} address {}", to.mac), |s| s.link_set_mac(name, to.mac))?;
-    }
     // A new lower device may have cut it.
     let mtu = inner.state.links.get(name).map(|l| l.mtu);
     if mtu != Some(to.mtu.bytes()) {
         request(inner, step, format!("ip link set {name} mtu {}", to.mtu), |s| s.link_set_mtu(name, to.mtu.bytes()))?;
     }
-    if let Some(on) = to.tx_checksum_offload.filter(|on| *on != is.tx_checksum_offload) {
-        let word = if on { "on" } else { "off" };
-        request(inner, step, format!("ethtool -K {name} tx {word}"), |s| s.link_set_offload(name, on))?;
+    if is.mac != to.mac {
+        // The kernel drops the neighbours then, permanent ones too.
+        let there = inner.state.neighbours.iter().filter(|((device, _), _)| device == name);
+        let there: Vec<(IpAddr, MacAddr)> = there.map(|((_, address), mac)| (*address, *mac)).collect();
+        request(inner, step, format!("ip link set {name} address {}", to.mac), |s| s.link_set_mac(name, to.mac))?;
+        for (address, mac) in there {
+            let what = format!("ip neigh replace {address} lladdr {mac} dev {name}");
+            request(inner, step, what, |s| s.neigh_replace(name, address, mac))?;
+        }
     }
     match (is.up, to.up) {
         (false, true) => request(inner, step, format!("ip link set {name} up"), |s| s.link_up(name)),

@@ -615,7 +615,7 @@ async fn observing_and_listening_fail_as_often_as_asked() {
     let _ = hints(&kernel).await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_process_killed_at_any_write_leaves_what_was_written_and_the_next_one_converges() {
     let whole = full().await.dump();
     let writes = {
@@ -639,7 +639,7 @@ async fn a_process_killed_at_any_write_leaves_what_was_written_and_the_next_one_
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_device_that_was_made_but_not_marked_before_the_end_is_known_as_ours_without_adoption() {
     let kernel = bare();
     kernel.faults().kill_at(1, Death::Hang);
