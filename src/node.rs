@@ -84,10 +84,13 @@ pub struct Node {
 /// | [`underlay`](Self::underlay) | [`UnderlayChoice::Automatic`] |
 /// | [`network_namespace`](Self::network_namespace) | the one of the thread that calls `start` |
 /// | [`reserve`](Self::reserve) | nothing beside what the host itself shows |
+/// | [`previous_subnets`](Self::previous_subnets) | none |
 /// | [`adopt_flannel`](Self::adopt_flannel) | yes |
 /// | [`ip_forward`](Self::ip_forward) | [`HostSetting::Set`] |
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
-/// | [`check_period`](Self::check_period) | 10 s |
+/// | [`check_period`](Self::check_period) | 10 s, also the least |
+/// | [`driver`](Self::driver) | netlink, nftables, `/proc/sys` |
+/// | [`clock`](Self::clock) | the system's |
 #[derive(Debug)]
 #[must_use = "a builder does nothing until `build`"]
 pub struct NodeBuilder {
@@ -216,7 +219,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Uses this driver for its domain instead of the built-in one: a fake kernel in tests, another firewall.
+    /// Uses this driver for its domain instead of the built-in one: a fake kernel in tests, another firewall. A node with a
+    /// netlink driver of its own takes no lock of the namespace.
     pub fn driver(mut self, driver: impl Driver) -> Self {
         self.drivers.push(Arc::new(driver));
         self

@@ -32,11 +32,11 @@ pub struct Status {
     pub conditions: Vec<Condition>,
     /// How many peers are in which state.
     pub peers: PeerCounts,
-    /// The first 32 peers that do not work, by name.
+    /// The first 32 peers that do not work, by name; `peers` counts all of them.
     pub troubled: Vec<PeerStatus>,
     /// What of others is in the way: nothing of it is touched.
     pub conflicts: Vec<Conflict>,
-    /// What of others may undo what podnet does (a chain that drops forwarded packets).
+    /// What of others may undo what podnet does (a chain that drops forwarded packets). It does not make the node unready.
     pub warnings: Vec<Conflict>,
     /// Counters since the start.
     pub counters: Counters,
@@ -264,7 +264,7 @@ pub struct Counters {
     pub checks: u64,
     /// Lease events.
     pub events: u64,
-    /// How long the last observation took.
+    /// How long the last observation took; serialised as `secs` and `nanos`.
     pub last_check: Duration,
 }
 

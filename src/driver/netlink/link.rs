@@ -75,7 +75,7 @@ impl RawLink {
         self.flags & number::IFF_LOWER_UP != 0 && matches!(self.operstate, IF_OPER_UP | IF_OPER_UNKNOWN)
     }
 
-    /// Whose a device of our name is; `None` when it is somebody else's.
+    /// Whose a device is by its mark, whatever its name; `None` when it is somebody else's.
     pub(super) fn owner(&self, adopt: bool) -> Option<Owner> {
         if self.kind != "vxlan" || self.vxlan.is_none() {
             return None;
