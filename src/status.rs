@@ -279,6 +279,8 @@ pub struct Report {
     pub failed: Vec<(Unit, String)>,
     /// What of others is in the way.
     pub conflicts: Vec<Conflict>,
+    /// Why the lease could not be given back, where it should have been: it is still held.
+    pub lease_kept: Option<String>,
     /// Settings of the host that were made and stay.
     pub kept_settings: Vec<String>,
 }
@@ -286,6 +288,6 @@ pub struct Report {
 impl Report {
     /// Whether the kernel holds all that it should.
     pub fn is_clean(&self) -> bool {
-        self.failed.is_empty() && self.conflicts.is_empty()
+        self.failed.is_empty() && self.conflicts.is_empty() && self.lease_kept.is_none()
     }
 }
