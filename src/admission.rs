@@ -490,7 +490,8 @@ impl Admission {
             run.dirty.remove(&(rank.clone(), family));
             let Some(judged) = peer.judged(family) else { continue };
             run.before.entry((node.clone(), family)).or_insert_with(|| judged.verdict.clone());
-            self.disturb(&rank, judged, family, true, true, run);
+            // Only what it held can be somebody else's now.
+            self.disturb(&rank, judged, family, judged.holds_subnet, judged.holds_endpoint, run);
             let index = self.index_mut(family);
             if let Ok(subnet) = judged.subnet {
                 index.unclaim(Prefix::of(subnet), &rank);
@@ -621,25 +622,12 @@ impl Admission {
 
     fn possible_subnet(&self, subnet: IpNetwork, family: Family) -> Result<IpNetwork, Refusal> {
         let network = self.network(family).unwrap_or(subnet);
-        // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
-        if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
-            return Err(Refusal::OutsideNetwork { subnet, network });
-        }
-        if subnet.ip() != subnet.network() {
-            let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
-            return Err(Refusal::HostBits { subnet, canonical });
-        }
-        if subnet.prefix() >= Prefix::width(family) - 1 {
-            return Err(Refusal::TooSmall { subnet });
-        }
+        possible_subnet(subnet, network)?;
         if let Some(own) = self.own_subnet(family).filter(|own| overlap(*own, subnet)) {
             return Err(Refusal::OverlapsOwn { subnet, own });
         }
-        let reserved = self.never_pods.iter().chain(&self.policy.reserved).find(|r| overlap(r.network, subnet));
-        match reserved {
-            Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
-            None => Ok(subnet),
-        }
+        not_reserved(subnet, self.never_pods.iter().chain(&self.policy.reserved))?;
+        Ok(subnet)
     }
 
     fn possible_endpoint(&self, lease: &Lease, family: Family) -> Result<Option<Reach>, Refusal> {
@@ -727,6 +715,35 @@ struct Run {
     dirty: BTreeSet<(Rank, Family)>,
     /// The verdicts as they were.
     before: BTreeMap<(NodeName, Family), Option<Verdict>>,
+}
+
+/// What a subnet must be in itself, whoever claims it.
+fn possible_subnet(subnet: IpNetwork, network: IpNetwork) -> Result<(), Refusal> {
+    // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
+    if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
+        return Err(Refusal::OutsideNetwork { subnet, network });
+    }
+    if subnet.ip() != subnet.network() {
+        let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
+        return Err(Refusal::HostBits { subnet, canonical });
+    }
+    if subnet.prefix() >= Prefix::width(Family::of(subnet.ip())) - 1 {
+        return Err(Refusal::TooSmall { subnet });
+    }
+    Ok(())
+}
+
+fn not_reserved<'a>(subnet: IpNetwork, reserved: impl IntoIterator<Item = &'a Reserved>) -> Result<(), Refusal> {
+    match reserved.into_iter().find(|r| overlap(r.network, subnet)) {
+        Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Judges this node's own subnet as every peer will: what they must refuse is of no use here either.
+pub(crate) fn judge_own(subnet: IpNetwork, network: IpNetwork, reserved: &[Reserved]) -> Result<(), Refusal> {
+    possible_subnet(subnet, network)?;
+    not_reserved(subnet, never_pods().iter().chain(reserved))
 }
 
 /// Whether two networks of any family share an address.

@@ -27,8 +27,8 @@ pub enum Shutdown {
 /// The pod network of this node.
 ///
 /// [`Node::start`](crate::Node::start) returns one as `Arc<dyn Overlay>`; tests of embedders use `testkit::MockOverlay`.
-/// All methods may be called from any task. Each is cancel safe: dropping its future gives up the answer; what was handed to
-/// the engine is done all the same.
+/// All methods may be called from any task. Each is cancel safe: dropping its future withdraws the question;
+/// what the engine has begun is finished all the same.
 ///
 /// # Errors
 ///
@@ -71,11 +71,12 @@ pub trait Overlay: Debug + Send + Sync + 'static {
     /// How the overlay is, now and whenever that changes. A change of the counters alone wakes nobody.
     fn status(&self) -> watch::Receiver<Arc<Status>>;
 
-    /// Ends the overlay; the runner returns after it. What could not be taken away is in the report.
+    /// Ends the overlay; the runner returns after it. What could not be taken away, and a lease that could not be given back,
+    /// is in the report. After the answer another overlay can start at once.
     ///
     /// # Errors
-    /// [`Error::Subnet`] if the lease could not be given back: what is ours was taken away all the same, but the report is
-    /// lost. [`Error::Driver`] if the kernel could not be read: something of ours may be left. The overlay has ended either way.
+    /// [`Error::NotReady`] for `RemoveState` and `Leave` while the cluster network is not known: nothing is done, and the
+    /// overlay works on.
     async fn shutdown(&self, how: Shutdown) -> Result<Report, Error>;
 }
 

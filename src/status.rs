@@ -78,6 +78,9 @@ impl fmt::Display for Status {
         let ready = if self.is_ready() { "ready" } else { "not ready" };
         let p = &self.peers;
         writeln!(f, "{}: {:?}, {ready}; peers: {} connected of {}", self.node, self.phase, p.connected, p.total)?;
+        if let Some(mtu) = self.pod_mtu {
+            writeln!(f, "  MTU of pods: {mtu} bytes")?;
+        }
         for c in &self.conditions {
             writeln!(f, "  {:?} {:?}: {}", c.kind, c.state, c.message)?;
         }

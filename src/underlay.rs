@@ -74,7 +74,8 @@ pub enum UnderlayError {
 
 /// Finds the underlay, and says why it is this one.
 ///
-/// Of a device's addresses, as flannel chooses: not deprecated; global before link-local, permanent before dynamic,
+/// Of a device's addresses: neither deprecated nor link-local (flannel takes one of those as its last resort); then, as
+/// flannel chooses, global before narrower scopes, permanent before dynamic,
 /// not temporary before temporary, and else the first in the kernel's order.
 pub fn choose(
     host: &HostView,
@@ -135,10 +136,23 @@ fn default_route(host: &HostView, family: Family) -> Option<(&HostRoute, &HostLi
 fn best_address(host: &HostView, device: &DeviceName, family: Family) -> Option<IpAddr> {
     let usable = |a: &&HostAddress| {
         let ip = a.address.ip();
-        a.device == *device && Family::of(ip) == family && !a.deprecated && !ip.is_loopback() && !ip.is_multicast()
+        a.device == *device
+            && Family::of(ip) == family
+            && !a.deprecated
+            && !ip.is_loopback()
+            && !ip.is_multicast()
+            && !link_local(ip)
     };
     // min_by_key keeps the first of equals: the kernel's order.
     host.addresses.iter().filter(usable).min_by_key(|a| (!a.global, !a.permanent, a.temporary)).map(|a| a.address.ip())
+}
+
+/// No peer may have such an address (admission), so that none can be published.
+fn link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    }
 }
 
 /// What exists, for an error that names it: at most 16 devices with their addresses.

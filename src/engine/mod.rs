@@ -20,8 +20,8 @@ use futures::{FutureExt, StreamExt};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use tokio::sync::{mpsc, watch};
 
-use self::command::{Command, Farewell};
 pub(crate) use self::command::Handle;
+use self::command::{Command, Farewell};
 use self::control::{Control, Happened};
 use self::wish::{NoView, View};
 use crate::admission::{Admission, Policy, Reserved, Verdict, VerdictChange};
@@ -248,12 +248,19 @@ impl Engine {
         let known = self.scope.is_some();
         let check = known.then_some(self.check_at);
         // What was due when the last round began has had its turn: if nothing came of it, something else must happen first.
-        [self.control.due(self.round_at), retry.filter(|_| known), look.filter(|_| known), check, self.listen_at, self.look_again_at]
-            .into_iter()
-            .flatten()
-            .filter(|moment| *moment > self.round_at)
-            .min()
-            .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
+        [
+            self.control.due(self.round_at),
+            retry.filter(|_| known),
+            look.filter(|_| known),
+            check,
+            self.listen_at,
+            self.look_again_at,
+        ]
+        .into_iter()
+        .flatten()
+        .filter(|moment| *moment > self.round_at)
+        .min()
+        .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
     }
 
     /// Does everything that is due.

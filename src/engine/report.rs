@@ -41,8 +41,6 @@ impl Engine {
         });
     }
 
-    
-
     fn status_now(&self, phase: Phase) -> Status {
         let mut conflicts: Vec<_> = self.conflicts.values().cloned().collect();
         conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
