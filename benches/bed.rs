@@ -44,6 +44,11 @@ impl Bed {
     pub async fn new(name: &str) -> Result<Self, Trouble> {
         let host = Host::new(name)?;
         let far = Host::of(Netns::new(format!("{name}, far end"))?)?;
+        // What is announced is counted: IPv6 would say things of its own on the wire.
+        for end in [&host, &far] {
+            end.set_sysctl_if_present("net.ipv6.conf.all.disable_ipv6", "1")?;
+            end.set_sysctl_if_present("net.ipv6.conf.default.disable_ipv6", "1")?;
+        }
         veth(End::new(&host, UNDERLAY), End::new(&far, UNDERLAY), 1500).await?;
         host.add_address(UNDERLAY, OWN_ADDRESS.parse()?).await?;
         Ok(Bed { host, _far: far })
