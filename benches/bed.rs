@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use podnet::driver::netlink::NetlinkDriver;
 use podnet::driver::{Driver, NetworkNamespace, Scope};
-use podnet::plan::{Address, Desired, Link, LinkKind, Object, Picture, Prune, Unit, Vxlan, diff};
+use podnet::plan::{Address, Desired, Link, LinkKind, Object, Picture, Prune, Step, Unit, UnitPlan, Vxlan, diff};
 use podnet::types::{Family, MacAddr, Mtu, Stack, Vni};
 use podnet_lab::host::{End, veth};
 use podnet_lab::{Host, Netns};
@@ -44,6 +44,11 @@ impl Bed {
     pub async fn new(name: &str) -> Result<Self, Trouble> {
         let host = Host::new(name)?;
         let far = Host::of(Netns::new(format!("{name}, far end"))?)?;
+        // What is announced is counted: IPv6 would say things of its own on the wire.
+        for end in [&host, &far] {
+            end.set_sysctl_if_present("net.ipv6.conf.all.disable_ipv6", "1")?;
+            end.set_sysctl_if_present("net.ipv6.conf.default.disable_ipv6", "1")?;
+        }
         veth(End::new(&host, UNDERLAY), End::new(&far, UNDERLAY), 1500).await?;
         host.add_address(UNDERLAY, OWN_ADDRESS.parse()?).await?;
         Ok(Bed { host, _far: far })
@@ -62,12 +67,14 @@ impl Bed {
         Ok((self.host.link(DEVICE).await?.index, driver))
     }
 
-    /// Takes everything away that a round made.
+    /// Takes everything away that a round made. By the driver, which takes nexthop objects off the device first: the kernel
+    /// alone takes a time that grows with their square.
     pub async fn clear(&self) -> Result<(), Trouble> {
-        if self.host.has_link(DEVICE).await? {
-            self.host.delete_link(DEVICE).await?;
-        }
-        Ok(())
+        let driver = NetlinkDriver::open(&self.namespace()?)?;
+        let found = driver.observe(&scope()?).await?.objects.into_iter().map(|(object, _)| object);
+        let links = found.filter(|object| matches!(object, Object::Link(_)));
+        let gone = links.map(|link| UnitPlan { unit: Unit::Leftover(link.key()), steps: vec![Step::Delete(link)] });
+        all_done(&driver.apply(&gone.collect::<Vec<_>>()).await)
     }
 
     /// Compares the kernel with what it must hold: these peers' objects, each exactly, and no other on the device.

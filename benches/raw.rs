@@ -5,12 +5,12 @@
 //! It shares no code with podnet's driver: a mistake there must not hide here. The same socket counts what the kernel announces.
 
 use std::io;
-use std::time::{Duration, Instant};
 
 use netlink_sys::{Socket, SocketAddr};
 use podnet_lab::Host;
 
 use crate::Trouble;
+use crate::figures::{Cost, Start};
 use crate::peers::Peer;
 
 /// As in podnet's driver: the most messages, and the most bytes, of one `sendmsg`.
@@ -175,9 +175,9 @@ impl Raw {
         if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a slice was sent in part")) }
     }
 
-    /// Sends everything and returns how long that took. The kernel answers inside `sendmsg`: nothing is waited for.
-    pub fn program(&mut self, all: &Prebuilt) -> Result<Duration, Trouble> {
-        let begun = Instant::now();
+    /// Sends everything and returns what that cost. The kernel answers inside `sendmsg`: nothing is waited for.
+    pub fn program(&mut self, all: &Prebuilt) -> Result<Cost, Trouble> {
+        let begun = Start::now();
         for slice in &all.slices {
             self.send(slice)?;
             let answer = self.receive()?;
@@ -185,7 +185,7 @@ impl Raw {
                 return Err(format!("the kernel refused a message of the floor: {:?}", error_of(answer)).into());
             }
         }
-        Ok(begun.elapsed())
+        Ok(begun.cost())
     }
 
     /// How many nexthop objects there are.

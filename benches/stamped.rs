@@ -1,7 +1,6 @@
 //! A store of leases that notes when it handed out a snapshot: from there on convergence is podnet's own time.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -11,12 +10,14 @@ use podnet::subnet::memory::MemorySubnets;
 use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use podnet::types::NodeName;
 
+use crate::figures::Start;
+
 /// [`MemorySubnets`] with a stopwatch. Clones share both.
 #[derive(Debug, Clone)]
 pub struct Stamped {
     /// The store.
     pub store: MemorySubnets,
-    snapshot: Arc<Mutex<Option<Instant>>>,
+    snapshot: Arc<Mutex<Option<Start>>>,
 }
 
 impl Stamped {
@@ -26,7 +27,7 @@ impl Stamped {
     }
 
     /// When the last snapshot was handed out.
-    pub fn snapshot(&self) -> Option<Instant> {
+    pub fn snapshot(&self) -> Option<Start> {
         *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -52,7 +53,7 @@ impl SubnetManager for Stamped {
         let stamp = Arc::clone(&self.snapshot);
         let watch = self.store.watch(node).await?.inspect(move |event| {
             if matches!(event, Ok(LeaseEvent::Snapshot(_))) {
-                *stamp.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                *stamp.lock().unwrap_or_else(PoisonError::into_inner) = Some(Start::now());
             }
         });
         Ok(watch.boxed())

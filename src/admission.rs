@@ -237,7 +237,7 @@ enum Exclusive {
 }
 
 /// The order in which claims are judged.
-type Rank = (Precedence, NodeName);
+type Rank = Arc<(Precedence, NodeName)>;
 
 /// A canonical prefix as numbers: cheap to order and to look up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -250,6 +250,8 @@ struct Prefix {
 #[derive(Debug, Default)]
 struct Index {
     subnets: BTreeMap<Prefix, Claimants>,
+    /// How many of the subnets have each length: lengths that nobody claims need not be looked up.
+    lengths: BTreeMap<u8, usize>,
     exclusive: HashMap<Exclusive, Claimants>,
 }
 
@@ -261,7 +263,7 @@ struct Claimants {
 
 impl Claimants {
     fn younger_than<'a>(&'a self, rank: &'a Rank) -> impl Iterator<Item = &'a Rank> {
-        self.all.range((Bound::Excluded(rank), Bound::Unbounded))
+        self.all.range::<Rank, _>((Bound::Excluded(rank), Bound::Unbounded))
     }
 
     fn older_holder(&self, rank: &Rank) -> Option<&Rank> {
@@ -320,8 +322,32 @@ impl Index {
             .range(Prefix { start: prefix.start, len: 0 }..=Prefix { start: prefix.last(family), len: u8::MAX })
             .filter(move |(p, _)| p.len >= prefix.len)
             .map(|(_, claimants)| claimants);
-        let around = (0..prefix.len).filter_map(move |len| self.subnets.get(&prefix.ancestor(len, family)));
+        let shorter = self.lengths.range(..prefix.len).map(|(len, _)| *len);
+        let around = shorter.filter_map(move |len| self.subnets.get(&prefix.ancestor(len, family)));
         inside.chain(around)
+    }
+
+    /// Adds a claim on a subnet.
+    fn claim(&mut self, prefix: Prefix, rank: Rank) {
+        let claimants = self.subnets.entry(prefix).or_insert_with(|| {
+            *self.lengths.entry(prefix.len).or_default() += 1;
+            Claimants::default()
+        });
+        claimants.all.insert(rank);
+    }
+
+    /// Takes a claim on a subnet away.
+    fn unclaim(&mut self, prefix: Prefix, rank: &Rank) {
+        if !self.subnets.get_mut(&prefix).is_some_and(|claimants| claimants.leave(rank)) {
+            return;
+        }
+        self.subnets.remove(&prefix);
+        if let Some(count) = self.lengths.get_mut(&prefix.len) {
+            *count -= 1;
+            if *count == 0 {
+                self.lengths.remove(&prefix.len);
+            }
+        }
     }
 }
 
@@ -439,13 +465,13 @@ impl Admission {
             return;
         }
         self.take(&lease.node, run);
-        let rank = (lease.precedence.clone(), lease.node.clone());
+        let rank = Arc::new((lease.precedence.clone(), lease.node.clone()));
         let mut peer = Peer { lease, v4: None, v6: None };
         for family in Family::BOTH {
             let Some(judged) = self.examine(&peer.lease, family) else { continue };
             let index = self.index_mut(family);
             if let Ok(subnet) = judged.subnet {
-                index.subnets.entry(Prefix::of(subnet)).or_default().all.insert(rank.clone());
+                index.claim(Prefix::of(subnet), rank.clone());
                 for exclusive in judged.exclusive() {
                     index.exclusive.entry(exclusive.clone()).or_default().all.insert(rank.clone());
                 }
@@ -453,24 +479,22 @@ impl Admission {
             *peer.judged_mut(family) = Some(judged);
             run.dirty.insert((rank.clone(), family));
         }
-        self.peers.insert(rank.1, peer);
+        self.peers.insert(rank.1.clone(), peer);
     }
 
     /// Takes a node's claims out; whoever stood behind them is judged again.
     fn take(&mut self, node: &NodeName, run: &mut Run) {
         let Some(peer) = self.peers.remove(node) else { return };
-        let rank = (peer.lease.precedence.clone(), node.clone());
+        let rank = Arc::new((peer.lease.precedence.clone(), node.clone()));
         for family in Family::BOTH {
             run.dirty.remove(&(rank.clone(), family));
             let Some(judged) = peer.judged(family) else { continue };
             run.before.entry((node.clone(), family)).or_insert_with(|| judged.verdict.clone());
-            self.disturb(&rank, judged, family, true, true, run);
+            // Only what it held can be somebody else's now.
+            self.disturb(&rank, judged, family, judged.holds_subnet, judged.holds_endpoint, run);
             let index = self.index_mut(family);
             if let Ok(subnet) = judged.subnet {
-                let prefix = Prefix::of(subnet);
-                if index.subnets.get_mut(&prefix).is_some_and(|claimants| claimants.leave(&rank)) {
-                    index.subnets.remove(&prefix);
-                }
+                index.unclaim(Prefix::of(subnet), &rank);
                 for exclusive in judged.exclusive() {
                     if index.exclusive.get_mut(exclusive).is_some_and(|claimants| claimants.leave(&rank)) {
                         index.exclusive.remove(exclusive);
@@ -565,7 +589,7 @@ impl Admission {
             .overlapping(Prefix::of(subnet), family)
             .filter_map(|claimants| claimants.older_holder(rank))
             .min()
-            .and_then(|(_, holder)| Some((holder, self.peers.get(holder)?.lease.subnet(family)?)));
+            .and_then(|older| Some((&older.1, self.peers.get(&older.1)?.lease.subnet(family)?)));
         match older {
             Some((holder, other)) => Err(Refusal::OverlapsPeer { subnet, other, holder: holder.clone() }),
             None => Ok(subnet),
@@ -575,8 +599,7 @@ impl Admission {
     /// What an older peer has of that which only one may have.
     fn taken(&self, rank: &Rank, reach: &Reach, family: Family) -> Option<Refusal> {
         reach.exclusive.iter().find_map(|exclusive| {
-            let (_, holder) = self.index(family).exclusive.get(exclusive)?.older_holder(rank)?;
-            let holder = holder.clone();
+            let holder = self.index(family).exclusive.get(exclusive)?.older_holder(rank)?.1.clone();
             Some(match exclusive {
                 Exclusive::Address(address) => Refusal::AddressTaken { address: *address, holder },
                 Exclusive::Claim(_, claim) => Refusal::ClaimTaken { claim: claim.clone(), holder },
@@ -599,25 +622,12 @@ impl Admission {
 
     fn possible_subnet(&self, subnet: IpNetwork, family: Family) -> Result<IpNetwork, Refusal> {
         let network = self.network(family).unwrap_or(subnet);
-        // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
-        if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
-            return Err(Refusal::OutsideNetwork { subnet, network });
-        }
-        if subnet.ip() != subnet.network() {
-            let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
-            return Err(Refusal::HostBits { subnet, canonical });
-        }
-        if subnet.prefix() >= Prefix::width(family) - 1 {
-            return Err(Refusal::TooSmall { subnet });
-        }
+        possible_subnet(subnet, network)?;
         if let Some(own) = self.own_subnet(family).filter(|own| overlap(*own, subnet)) {
             return Err(Refusal::OverlapsOwn { subnet, own });
         }
-        let reserved = self.never_pods.iter().chain(&self.policy.reserved).find(|r| overlap(r.network, subnet));
-        match reserved {
-            Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
-            None => Ok(subnet),
-        }
+        not_reserved(subnet, self.never_pods.iter().chain(&self.policy.reserved))?;
+        Ok(subnet)
     }
 
     fn possible_endpoint(&self, lease: &Lease, family: Family) -> Result<Option<Reach>, Refusal> {
@@ -705,6 +715,35 @@ struct Run {
     dirty: BTreeSet<(Rank, Family)>,
     /// The verdicts as they were.
     before: BTreeMap<(NodeName, Family), Option<Verdict>>,
+}
+
+/// What a subnet must be in itself, whoever claims it.
+fn possible_subnet(subnet: IpNetwork, network: IpNetwork) -> Result<(), Refusal> {
+    // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
+    if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
+        return Err(Refusal::OutsideNetwork { subnet, network });
+    }
+    if subnet.ip() != subnet.network() {
+        let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
+        return Err(Refusal::HostBits { subnet, canonical });
+    }
+    if subnet.prefix() >= Prefix::width(Family::of(subnet.ip())) - 1 {
+        return Err(Refusal::TooSmall { subnet });
+    }
+    Ok(())
+}
+
+fn not_reserved<'a>(subnet: IpNetwork, reserved: impl IntoIterator<Item = &'a Reserved>) -> Result<(), Refusal> {
+    match reserved.into_iter().find(|r| overlap(r.network, subnet)) {
+        Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Judges this node's own subnet as every peer will: what they must refuse is of no use here either.
+pub(crate) fn judge_own(subnet: IpNetwork, network: IpNetwork, reserved: &[Reserved]) -> Result<(), Refusal> {
+    possible_subnet(subnet, network)?;
+    not_reserved(subnet, never_pods().iter().chain(reserved))
 }
 
 /// Whether two networks of any family share an address.

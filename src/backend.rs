@@ -42,7 +42,7 @@ impl Capabilities {
 pub struct Underlay {
     /// The device through which peers are reached.
     pub device: DeviceName,
-    /// Its MTU.
+    /// Its MTU, in bytes.
     pub mtu: Mtu,
     /// This node's address on it, in each family it has.
     pub addresses: Stack<Ipv4Addr, Ipv6Addr>,
@@ -151,7 +151,7 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// The devices that it makes for these families: whatever is on a device of such a name is judged by invariant 3.
     fn devices(&self, families: &[Family]) -> Vec<DeviceName>;
 
-    /// The MTU that pods should have here: the least of the families'.
+    /// The MTU that pods should have here, in bytes: the least of the families'.
     fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError>;
 
     /// What this node tells its peers. Keeps what `earlier` said wherever it still holds (a VTEP's MAC).
@@ -162,9 +162,15 @@ pub trait Backend: Debug + Send + Sync + 'static {
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String>;
 
     /// This node's own devices and addresses in a family, in the order of dependency. Sees no peers.
+    ///
+    /// # Errors
+    /// What keeps this node out of its network until an input changes; the status shows it at the condition `Underlay`.
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError>;
 
-    /// What one peer needs in its family, in the order of dependency.
+    /// What one peer needs in its family, in the order of dependency: routes last.
+    ///
+    /// # Errors
+    /// What keeps this peer out, for the status; other peers are not touched.
     fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable>;
 
     /// A driver for a domain of its own, where netlink, firewall and sysctl do not suffice.

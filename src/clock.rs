@@ -55,6 +55,10 @@ impl Clock for SystemClock {
     }
 
     async fn sleep_until(&self, moment: Moment) {
-        tokio::time::sleep_until(self.epoch + moment).await;
+        match self.epoch.checked_add(moment) {
+            Some(instant) => tokio::time::sleep_until(instant).await,
+            // Beyond what the clock can say.
+            None => std::future::pending().await,
+        }
     }
 }

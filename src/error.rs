@@ -34,7 +34,7 @@ pub enum Error {
         reason: String,
     },
     /// The overlay was shut down, or its runner was dropped.
-    #[error("the overlay does not run: it was shut down, or its runner is not being polled")]
+    #[error("the overlay does not run: it was shut down, or its runner was dropped")]
     Stopped,
     /// The kernel, or the way to it.
     #[error(transparent)]

@@ -30,9 +30,11 @@ impl BackendKind {
         BackendKind(Cow::Borrowed(kind))
     }
 
-    /// A kind from a configuration or a lease; case does not matter. Cut to 64 characters.
+    /// A kind from a configuration or a lease; case does not matter. What is not
+    /// printable ASCII is left out, and the rest cut to 64 characters: it gets into logs.
     pub fn new(kind: &str) -> Self {
-        BackendKind(Cow::Owned(kind.chars().take(64).collect::<String>().to_ascii_lowercase()))
+        let printable = kind.chars().filter(char::is_ascii_graphic).take(64);
+        BackendKind(Cow::Owned(printable.collect::<String>().to_ascii_lowercase()))
     }
 
     /// The kind as text.

@@ -38,6 +38,8 @@ const LOCK: &str = "podnet/overlay";
 const QUEUE: usize = 16;
 /// The shortest period of the full check (invariant 13).
 const SHORTEST_CHECK: Duration = Duration::from_secs(10);
+/// The longest: beyond it a check is none.
+const LONGEST_CHECK: Duration = Duration::from_secs(24 * 3600);
 
 /// What is done about a setting of the host (`/proc/sys`) that pods need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,10 +86,13 @@ pub struct Node {
 /// | [`underlay`](Self::underlay) | [`UnderlayChoice::Automatic`] |
 /// | [`network_namespace`](Self::network_namespace) | the one of the thread that calls `start` |
 /// | [`reserve`](Self::reserve) | nothing beside what the host itself shows |
+/// | [`previous_subnets`](Self::previous_subnets) | none |
 /// | [`adopt_flannel`](Self::adopt_flannel) | yes |
 /// | [`ip_forward`](Self::ip_forward) | [`HostSetting::Set`] |
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
-/// | [`check_period`](Self::check_period) | 10 s |
+/// | [`check_period`](Self::check_period) | 10 s, also the least |
+/// | [`driver`](Self::driver) | netlink, nftables, `/proc/sys` |
+/// | [`clock`](Self::clock) | the system's |
 #[derive(Debug)]
 #[must_use = "a builder does nothing until `build`"]
 pub struct NodeBuilder {
@@ -158,8 +163,10 @@ impl Node {
         let span = tracing::info_span!("podnet", node = %self.settings.node);
         let engine = Engine::new(self.settings, self.masquerade, drivers, queue, status);
         let work = async move {
-            engine.run().await;
+            let farewell = engine.run().await;
+            // The lock before the answer: who was told of the end may start anew at once.
             drop(lock);
+            farewell.say();
         }
         .instrument(span);
         Ok((Arc::new(Handle::new(commands, watcher)), Runner { work: Box::pin(work) }))
@@ -216,7 +223,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Uses this driver for its domain instead of the built-in one: a fake kernel in tests, another firewall.
+    /// Uses this driver for its domain instead of the built-in one: a fake kernel in tests, another firewall. A node with a
+    /// netlink driver of its own takes no lock of the namespace.
     pub fn driver(mut self, driver: impl Driver) -> Self {
         self.drivers.push(Arc::new(driver));
         self
@@ -253,7 +261,7 @@ impl NodeBuilder {
         self
     }
 
-    /// How often the kernel is compared as a whole: at least 10 s. Longer where a comparison takes more than 0.2 % of that.
+    /// How often the kernel is compared as a whole: 10 s to a day. Longer where a comparison takes more than 0.2 % of that.
     pub fn check_period(mut self, period: Duration) -> Self {
         self.check_period = period;
         self
@@ -288,8 +296,8 @@ impl NodeBuilder {
                 }
             }
         }
-        if self.check_period < SHORTEST_CHECK {
-            problems.push(format!("a check period of {:?} is too short: 10 s or more are allowed", self.check_period));
+        if !(SHORTEST_CHECK..=LONGEST_CHECK).contains(&self.check_period) {
+            problems.push(format!("a check period of {:?} is given: 10 s to a day are allowed", self.check_period));
         }
         let mut domains = BTreeSet::new();
         for domain in self

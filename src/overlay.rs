@@ -27,12 +27,13 @@ pub enum Shutdown {
 /// The pod network of this node.
 ///
 /// [`Node::start`](crate::Node::start) returns one as `Arc<dyn Overlay>`; tests of embedders use `testkit::MockOverlay`.
-/// All methods may be called from any task. Each is cancel safe: dropping its future withdraws the question; a change that
-/// the engine has begun is finished by the engine.
+/// All methods may be called from any task. Each is cancel safe: dropping its future withdraws the question;
+/// what the engine has begun is finished all the same.
 ///
 /// # Errors
 ///
-/// Every method answers [`Error::Stopped`] after a shutdown and while nobody polls the runner any more.
+/// Every method but `status` answers [`Error::Stopped`] after a shutdown and when the runner was dropped. While the runner
+/// exists and nobody polls it they wait.
 #[cfg_attr(feature = "testkit", mockall::automock)]
 #[async_trait]
 pub trait Overlay: Debug + Send + Sync + 'static {
@@ -42,7 +43,7 @@ pub trait Overlay: Debug + Send + Sync + 'static {
     /// [`Error::NotReady`] while none is held.
     async fn lease(&self) -> Result<Lease, Error>;
 
-    /// Every other node that holds a lease, by name, and how it is reached or why not.
+    /// Every other node that holds a lease, by name, and how it is reached or why not. Empty until leases are known.
     async fn peers(&self) -> Result<Vec<PeerStatus>, Error>;
 
     /// What would be changed now, against a new look at the kernel. Touches nothing.
@@ -63,16 +64,19 @@ pub trait Overlay: Debug + Send + Sync + 'static {
     /// The masquerade policy in force.
     async fn masquerade(&self) -> Result<MasqueradePolicy, Error>;
 
-    /// Changes the masquerade policy while running: one transaction a family, no moment without rules.
+    /// Changes the masquerade policy while running: one transaction a family, no moment without rules. Before this node is
+    /// known the policy is kept for later, and the report is empty. What fails is in the report.
     async fn set_masquerade(&self, policy: MasqueradePolicy) -> Result<Report, Error>;
 
     /// How the overlay is, now and whenever that changes. A change of the counters alone wakes nobody.
     fn status(&self) -> watch::Receiver<Arc<Status>>;
 
-    /// Ends the overlay; the runner returns after it. What could not be taken away is in the report.
+    /// Ends the overlay; the runner returns after it. What could not be taken away, and a lease that could not be given back,
+    /// is in the report. After the answer another overlay can start at once.
     ///
     /// # Errors
-    /// [`Error::Subnet`] if the lease could not be given back: the kernel is clean all the same.
+    /// [`Error::NotReady`] for `RemoveState` and `Leave` while the cluster network is not known: nothing is done, and the
+    /// overlay works on.
     async fn shutdown(&self, how: Shutdown) -> Result<Report, Error>;
 }
 

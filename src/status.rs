@@ -32,11 +32,11 @@ pub struct Status {
     pub conditions: Vec<Condition>,
     /// How many peers are in which state.
     pub peers: PeerCounts,
-    /// The first 32 peers that do not work, by name.
+    /// The first 32 peers that do not work, by name; `peers` counts all of them.
     pub troubled: Vec<PeerStatus>,
     /// What of others is in the way: nothing of it is touched.
     pub conflicts: Vec<Conflict>,
-    /// What of others may undo what podnet does (a chain that drops forwarded packets).
+    /// What of others may undo what podnet does (a chain that drops forwarded packets). It does not make the node unready.
     pub warnings: Vec<Conflict>,
     /// Counters since the start.
     pub counters: Counters,
@@ -78,6 +78,9 @@ impl fmt::Display for Status {
         let ready = if self.is_ready() { "ready" } else { "not ready" };
         let p = &self.peers;
         writeln!(f, "{}: {:?}, {ready}; peers: {} connected of {}", self.node, self.phase, p.connected, p.total)?;
+        if let Some(mtu) = self.pod_mtu {
+            writeln!(f, "  MTU of pods: {mtu} bytes")?;
+        }
         for c in &self.conditions {
             writeln!(f, "  {:?} {:?}: {}", c.kind, c.state, c.message)?;
         }
@@ -264,7 +267,7 @@ pub struct Counters {
     pub checks: u64,
     /// Lease events.
     pub events: u64,
-    /// How long the last observation took.
+    /// How long the last observation took; serialised as `secs` and `nanos`.
     pub last_check: Duration,
 }
 
@@ -279,6 +282,8 @@ pub struct Report {
     pub failed: Vec<(Unit, String)>,
     /// What of others is in the way.
     pub conflicts: Vec<Conflict>,
+    /// Why the lease could not be given back, where it should have been: it is still held.
+    pub lease_kept: Option<String>,
     /// Settings of the host that were made and stay.
     pub kept_settings: Vec<String>,
 }
@@ -286,6 +291,6 @@ pub struct Report {
 impl Report {
     /// Whether the kernel holds all that it should.
     pub fn is_clean(&self) -> bool {
-        self.failed.is_empty() && self.conflicts.is_empty()
+        self.failed.is_empty() && self.conflicts.is_empty() && self.lease_kept.is_none()
     }
 }

@@ -74,7 +74,8 @@ pub enum UnderlayError {
 
 /// Finds the underlay, and says why it is this one.
 ///
-/// Of a device's addresses, as flannel chooses: not deprecated; global before link-local, permanent before dynamic,
+/// Of a device's addresses: neither deprecated nor link-local (flannel takes one of those as its last resort); then, as
+/// flannel chooses, global before narrower scopes, permanent before dynamic,
 /// not temporary before temporary, and else the first in the kernel's order.
 pub fn choose(
     host: &HostView,
@@ -135,10 +136,23 @@ fn default_route(host: &HostView, family: Family) -> Option<(&HostRoute, &HostLi
 fn best_address(host: &HostView, device: &DeviceName, family: Family) -> Option<IpAddr> {
     let usable = |a: &&HostAddress| {
         let ip = a.address.ip();
-        a.device == *device && Family::of(ip) == family && !a.deprecated && !ip.is_loopback() && !ip.is_multicast()
+        a.device == *device
+            && Family::of(ip) == family
+            && !a.deprecated
+            && !ip.is_loopback()
+            && !ip.is_multicast()
+            && !link_local(ip)
     };
     // min_by_key keeps the first of equals: the kernel's order.
     host.addresses.iter().filter(usable).min_by_key(|a| (!a.global, !a.permanent, a.temporary)).map(|a| a.address.ip())
+}
+
+/// No peer may have such an address (admission), so that none can be published.
+fn link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    }
 }
 
 /// What exists, for an error that names it: at most 16 devices with their addresses.
@@ -164,6 +178,9 @@ pub struct Collisions {
     pub blocking: Vec<(Family, Conflict)>,
     /// Connected networks of the host inside the cluster network: peers whose subnets meet them are kept out.
     pub reserved: Vec<Reserved>,
+    /// Connected networks smaller than a node's subnet: they take some addresses out of a peer's, which is said and
+    /// no reason to cut the peer off.
+    pub shadowing: Vec<Conflict>,
 }
 
 /// Finds what of the host collides with the overlay. `ours` are the overlay's devices; a connected route inside `subnets`
@@ -213,6 +230,13 @@ pub fn collisions(
                     what,
                     "the cluster network overlaps a network that this host is connected to: choose another cluster network, or remove that one",
                 ));
+            } else if own.is_some_and(|own| route.destination.prefix() > own.prefix()) {
+                found.shadowing.push(Conflict {
+                    object: Key::Route(route.destination, route.metric),
+                    with: what,
+                    advice: "pods of other nodes with addresses in it cannot be reached from here: remove it if it is not meant"
+                        .to_owned(),
+                });
             } else {
                 found.reserved.push(Reserved {
                     network: route.destination,

@@ -14,6 +14,8 @@ impl Errno {
     pub const NOENT: Errno = Errno(2);
     /// `ESRCH`: what routes answer when there is nothing to delete.
     pub const SRCH: Errno = Errno(3);
+    /// `ENXIO`.
+    pub const NXIO: Errno = Errno(6);
     /// `EACCES`.
     pub const ACCES: Errno = Errno(13);
     /// `EBUSY`.
@@ -26,6 +28,8 @@ impl Errno {
     pub const INVAL: Errno = Errno(22);
     /// `EOPNOTSUPP`.
     pub const OPNOTSUPP: Errno = Errno(95);
+    /// `EAFNOSUPPORT`: what IPv6 settings answer on a device without IPv6.
+    pub const AFNOSUPPORT: Errno = Errno(97);
     /// `EADDRNOTAVAIL`: what addresses and neighbours answer when there is nothing to delete.
     pub const ADDRNOTAVAIL: Errno = Errno(99);
     /// `ENETDOWN`.

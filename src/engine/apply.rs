@@ -21,12 +21,27 @@ impl Applied {
         if self.failed.is_some() { None } else { self.plan.steps.get(self.done) }
     }
 
-    /// The next steps as far as one driver can do them.
-    fn run(&self) -> Option<(Domain, UnitPlan)> {
-        let domain = self.next()?.key().domain();
-        let rest = self.plan.steps.iter().skip(self.done);
-        let steps = rest.take_while(|step| step.key().domain() == domain).cloned().collect();
-        Some((domain, UnitPlan { unit: self.plan.unit.clone(), steps }))
+    /// The next steps as far as they are this domain's: where those are all, as with a peer, they are lent and not copied.
+    fn lend(&mut self, domain: &Domain) -> Option<UnitPlan> {
+        self.next().filter(|step| step.key().domain() == *domain)?;
+        let in_domain = |step: &&Step| step.key().domain() == *domain;
+        let steps = if self.done == 0 && self.plan.steps.iter().all(|step| in_domain(&step)) {
+            std::mem::take(&mut self.plan.steps)
+        } else {
+            self.plan.steps.iter().skip(self.done).take_while(in_domain).cloned().collect()
+        };
+        Some(UnitPlan { unit: self.plan.unit.clone(), steps })
+    }
+
+    /// Takes back what was lent, with how it went.
+    fn take_back(&mut self, unit: UnitPlan, done: usize, failed: Option<DriverError>, domain: &Domain) {
+        let asked = unit.steps.len();
+        if self.plan.steps.is_empty() {
+            self.plan.steps = unit.steps;
+        }
+        self.done += done.min(asked);
+        // A driver that neither did all nor says why must not be asked for ever.
+        self.failed = failed.or_else(|| (done < asked).then(|| no_answer(domain)));
     }
 }
 
@@ -60,8 +75,8 @@ async fn apply_stage(drivers: &[Arc<dyn Driver>], units: Vec<UnitPlan>) -> Vec<A
     while let Some(domain) = all.iter().find_map(|a| a.next().map(|step| step.key().domain())) {
         let mut places = Vec::new();
         let mut batch = Vec::new();
-        for (place, applied) in all.iter().enumerate() {
-            if let Some((_, unit)) = applied.run().filter(|(d, _)| *d == domain) {
+        for (place, applied) in all.iter_mut().enumerate() {
+            if let Some(unit) = applied.lend(&domain) {
                 places.push(place);
                 batch.push(unit);
             }
@@ -71,12 +86,11 @@ async fn apply_stage(drivers: &[Arc<dyn Driver>], units: Vec<UnitPlan>) -> Vec<A
             None => Vec::new(),
         };
         let mut results = results.into_iter();
-        for (place, unit) in places.into_iter().zip(&batch) {
-            let Some(applied) = all.get_mut(place) else { continue };
+        for (place, unit) in places.into_iter().zip(batch) {
             let (done, failed) = results.next().unwrap_or_else(|| (0, Some(no_answer(&domain))));
-            applied.done += done.min(unit.steps.len());
-            // A driver that neither did all nor says why must not be asked for ever.
-            applied.failed = failed.or_else(|| (done < unit.steps.len()).then(|| no_answer(&domain)));
+            if let Some(applied) = all.get_mut(place) {
+                applied.take_back(unit, done, failed, &domain);
+            }
         }
     }
     all

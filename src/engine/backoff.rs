@@ -5,7 +5,7 @@ use std::time::Duration;
 /// The wait before the first repetition.
 const FIRST: Duration = Duration::from_millis(100);
 /// The longest wait.
-const LONGEST: Duration = Duration::from_secs(30);
+pub(super) const LONGEST: Duration = Duration::from_secs(30);
 
 /// How long to wait after `attempts` failures (1 or more): 100 ms doubling to 30 s, each spread over its upper half by
 /// `seed` (the node's name and what is tried), so that equal nodes differ and a replay does not.

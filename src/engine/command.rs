@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::Engine;
+use super::{COLLECT, Engine};
 use crate::admission::Verdict;
 use crate::error::Error;
 use crate::lease::Lease;
@@ -26,6 +26,36 @@ pub(crate) enum Command {
     Masquerade(Reply<MasqueradePolicy>),
     SetMasquerade(MasqueradePolicy, Reply<Report>),
     Shutdown(Shutdown, Reply<Report>),
+}
+
+impl Command {
+    /// Nobody waits for the answer any more: the question is withdrawn.
+    pub(super) fn is_withdrawn(&self) -> bool {
+        match self {
+            Command::Lease(reply) => reply.is_closed(),
+            Command::Peers(reply) => reply.is_closed(),
+            Command::Plan(reply) => reply.is_closed(),
+            Command::Reconcile(reply) | Command::SetMasquerade(_, reply) | Command::Shutdown(_, reply) => {
+                reply.is_closed()
+            }
+            Command::Routes(reply) => reply.is_closed(),
+            Command::Masquerade(reply) => reply.is_closed(),
+        }
+    }
+}
+
+/// The answer to a shutdown, which is given when all is closed.
+#[derive(Debug)]
+pub(crate) struct Farewell {
+    pub(super) reply: Reply<Report>,
+    pub(super) report: Report,
+}
+
+impl Farewell {
+    /// Tells whoever asked for the shutdown. Whether somebody still waits does not matter.
+    pub(crate) fn say(self) {
+        let _ = self.reply.send(Ok(self.report));
+    }
 }
 
 /// What [`Node::start`](crate::Node::start) hands out.
@@ -83,7 +113,7 @@ impl Engine {
     pub(super) async fn answer(&mut self, command: Command) {
         match command {
             Command::Lease(reply) => {
-                let reason = || self.control.trouble.as_ref().map_or("no lease yet".to_owned(), ToString::to_string);
+                let reason = || self.control.trouble().map_or("no lease yet".to_owned(), ToString::to_string);
                 let lease = self.control.lease.clone().ok_or_else(|| Error::NotReady { reason: reason() });
                 let _ = reply.send(lease);
             }
@@ -105,11 +135,10 @@ impl Engine {
                 let _ = reply.send(Ok(self.masquerade.clone()));
             }
             Command::SetMasquerade(policy, reply) => {
-                self.masquerade = policy;
-                self.want_node();
-                let report = match self.not_ready() {
-                    Some(_) => Ok(Report::default()),
-                    None => Ok(self.converge(true).await),
+                let report = match (self.set_masquerade(policy), self.not_ready()) {
+                    (Err(error), _) => Err(error.into()),
+                    (Ok(()), Some(_)) => Ok(Report::default()),
+                    (Ok(()), None) => Ok(self.converge(true).await),
                 };
                 let _ = reply.send(report);
             }
@@ -129,12 +158,17 @@ impl Engine {
     }
 
     async fn dry_run(&mut self) -> Result<Plan, Error> {
-        let due = self.compare;
+        let (due, check_at) = (self.compare, self.check_at);
         self.look_now().await?;
-        // A question changes nothing: what it found is repaired when a hint or the check finds it too.
-        self.compare = due;
         let mut plan = diff(&self.desired, &self.picture, if self.whole { Prune::Yes } else { Prune::No });
         self.leave_blocked(&mut plan);
+        // A question changes nothing, and hides nothing: what it found is looked at again, and repaired, right after.
+        self.compare = due;
+        self.check_at = check_at;
+        if !plan.is_empty() {
+            self.stale.extend(plan.steps().map(|step| step.key().domain()));
+            self.look_at = self.look_at.max(self.settings.clock.now() + COLLECT);
+        }
         Ok(plan)
     }
 

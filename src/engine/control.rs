@@ -19,6 +19,8 @@ use crate::types::NodeName;
 const DEADLINE: Duration = Duration::from_secs(30);
 /// A lease is renewed when this is left of it, or a third of its term if that is less.
 const MARGIN: Duration = Duration::from_secs(3600);
+/// The least time between two renewals.
+const SHORTEST_RENEWAL: Duration = Duration::from_secs(1);
 
 /// What the store, or the lack of its answer, changed.
 #[derive(Debug)]
@@ -41,8 +43,36 @@ enum Answer {
     Network(Result<NetworkConfig, SubnetError>),
     Acquired(Result<OwnedLease, SubnetError>),
     Watching(Result<LeaseStream, SubnetError>),
-    Published(Result<OwnedLease, SubnetError>),
+    Published(Result<OwnedLease, SubnetError>, Vec<Offer>),
     Renewed(Result<OwnedLease, SubnetError>),
+}
+
+/// One kind of work with the store: its own back-off, so that what fails for ever holds up nothing else.
+#[derive(Debug, Default)]
+struct Lane {
+    attempts: u32,
+    not_before: Moment,
+    trouble: Option<SubnetError>,
+    /// Since when it has worked: what breaks soon after it began did not really work.
+    since: Option<Moment>,
+}
+
+impl Lane {
+    fn is_due(&self, now: Moment) -> bool {
+        now >= self.not_before
+    }
+
+    fn works(&mut self, now: Moment) {
+        self.trouble = None;
+        self.since = Some(now);
+    }
+
+    fn fail(&mut self, now: Moment, seed: &str, error: SubnetError) {
+        let lasted = self.since.take().is_some_and(|since| now.saturating_sub(since) > backoff::LONGEST);
+        self.attempts = if lasted { 1 } else { self.attempts.saturating_add(1) };
+        self.not_before = now.saturating_add(backoff::wait(self.attempts, seed));
+        self.trouble = Some(error);
+    }
 }
 
 pub(super) struct Control {
@@ -55,15 +85,15 @@ pub(super) struct Control {
     renew_at: Option<Moment>,
     watch: Option<LeaseStream>,
     job: Option<BoxFuture<'static, Answer>>,
-    attempts: u32,
-    not_before: Moment,
-    /// What the last job, or the watch, said; cleared by success.
-    pub(super) trouble: Option<SubnetError>,
+    /// Network, acquisition and renewal.
+    holding: Lane,
+    watching: Lane,
+    publishing: Lane,
 }
 
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Control").field("lease", &self.lease).field("trouble", &self.trouble).finish_non_exhaustive()
+        f.debug_struct("Control").field("lease", &self.lease).field("trouble", &self.trouble()).finish_non_exhaustive()
     }
 }
 
@@ -79,9 +109,9 @@ impl Control {
             renew_at: None,
             watch: None,
             job: None,
-            attempts: 0,
-            not_before: Moment::ZERO,
-            trouble: None,
+            holding: Lane::default(),
+            watching: Lane::default(),
+            publishing: Lane::default(),
         }
     }
 
@@ -89,42 +119,51 @@ impl Control {
         self.watch.is_some()
     }
 
-    /// When `begin` should be called again although nothing happened.
-    pub(super) fn due(&self) -> Option<Moment> {
+    /// What the store said last, where it has not worked since: of the lease, else of the watch, else of publishing.
+    pub(super) fn trouble(&self) -> Option<&SubnetError> {
+        [&self.holding, &self.watching, &self.publishing].into_iter().find_map(|lane| lane.trouble.as_ref())
+    }
+
+    /// When after `now` `begin` should be called again although nothing happened.
+    pub(super) fn due(&self, now: Moment) -> Option<Moment> {
         if self.job.is_some() {
             return None;
         }
-        let retry = self.trouble.as_ref().map(|_| self.not_before);
-        [retry, self.renew_at, self.expires].into_iter().flatten().min()
+        let lanes = [&self.holding, &self.watching, &self.publishing].map(|lane| Some(lane.not_before));
+        lanes.into_iter().chain([self.renew_at, self.expires]).flatten().filter(|moment| *moment > now).min()
     }
 
     /// Starts the next job, if there is one and none runs: `request` once the underlay is known, `offers` once the kernel
     /// is ready for what they promise.
     pub(super) fn begin(&mut self, request: Option<LeaseRequest>, offers: Option<Vec<Offer>>) {
         let now = self.clock.now();
-        if self.job.is_some() || now < self.not_before {
+        if self.job.is_some() {
             return;
+        }
+        if self.expires.is_some_and(|at| now >= at) {
+            let words = self.holding.trouble.as_ref().map(|e| format!(": {e}")).unwrap_or_default();
+            self.lose(format!("it expired before it could be renewed{words}"));
         }
         let manager = Arc::clone(&self.manager);
         let node = self.node.clone();
-        if self.expires.is_some_and(|at| now >= at) {
-            self.lose(format!("it expired before it could be renewed{}", self.last_words()));
-        }
-        let job = if self.network.is_none() {
+        let holding = self.holding.is_due(now);
+        let held = self.lease.is_some();
+        let news = offers.filter(|o| self.lease.as_ref().is_some_and(|l| l.offers != *o));
+        let job = if self.network.is_none() && holding {
             async move { Answer::Network(manager.network().await) }.boxed()
-        } else if let (None, Some(request)) = (&self.lease, request) {
+        } else if let (None, Some(request), true) = (&self.lease, request, holding) {
             async move { Answer::Acquired(manager.acquire(&request).await) }.boxed()
-        } else if self.lease.is_some() && self.watch.is_none() {
-            async move { Answer::Watching(manager.watch(&node).await) }.boxed()
-        } else if let Some(offers) = offers.filter(|o| self.lease.as_ref().is_some_and(|l| l.offers != *o)) {
-            async move { Answer::Published(manager.publish(&node, &offers).await) }.boxed()
-        } else if self.lease.is_some() && self.renew_at.is_some_and(|at| now >= at) {
+        } else if held && holding && self.renew_at.is_some_and(|at| now >= at) {
             async move { Answer::Renewed(manager.renew(&node).await) }.boxed()
+        } else if held && self.watch.is_none() && self.watching.is_due(now) {
+            async move { Answer::Watching(manager.watch(&node).await) }.boxed()
+        } else if let Some(offers) = news.filter(|_| self.publishing.is_due(now)) {
+            async move { Answer::Published(manager.publish(&node, &offers).await, offers) }.boxed()
         } else {
             return;
         };
         let clock = Arc::clone(&self.clock);
-        let deadline = now + DEADLINE;
+        let deadline = now.saturating_add(DEADLINE);
         let overdue = self.overdue();
         self.job = Some(
             async move {
@@ -144,10 +183,6 @@ impl Control {
             attempted: "ask the store of leases".to_owned(),
             reason: format!("no answer within {} s", DEADLINE.as_secs()),
         }))
-    }
-
-    fn last_words(&self) -> String {
-        self.trouble.as_ref().map(|e| format!(": {e}")).unwrap_or_default()
     }
 
     /// Waits for the store. Cancel safe: jobs and the watch live in `self`.
@@ -180,39 +215,57 @@ impl Control {
     }
 
     fn take(&mut self, answer: Answer) -> Happened {
-        let outcome = match answer {
+        let now = self.clock.now();
+        let seed = |lane: &str| format!("{}/{lane}", self.node);
+        match answer {
             Answer::Network(Ok(network)) => {
                 self.network = Some(network);
-                Ok(Happened::Network)
+                self.holding.works(now);
+                Happened::Network
             }
-            Answer::Acquired(Ok(owned)) | Answer::Renewed(Ok(owned)) => Ok(self.hold(owned)),
-            Answer::Published(Ok(owned)) => {
+            Answer::Acquired(Ok(owned)) | Answer::Renewed(Ok(owned)) => {
+                self.holding.works(now);
+                self.hold(owned)
+            }
+            Answer::Published(Ok(owned), sent) => {
+                self.publishing.works(now);
+                if owned.lease.offers != sent {
+                    // Were it published again at once, so would it for ever.
+                    let error = SubnetError::Invalid {
+                        object: format!("what the store holds as the offers of {}", self.node),
+                        reason: "it is not what was published, to the byte".to_owned(),
+                    };
+                    tracing::warn!(%error, "published");
+                    self.publishing.since = None;
+                    self.publishing.fail(now, &seed("publish"), error);
+                }
                 self.hold(owned);
-                Ok(Happened::Published)
+                Happened::Published
             }
             Answer::Watching(Ok(watch)) => {
                 self.watch = Some(watch);
-                Ok(Happened::Watching)
+                self.watching.since = Some(now);
+                Happened::Watching
             }
-            Answer::Network(Err(e))
-            | Answer::Acquired(Err(e))
-            | Answer::Published(Err(e))
-            | Answer::Renewed(Err(e))
-            | Answer::Watching(Err(e)) => Err(e),
-        };
-        match outcome {
-            Ok(happened) => {
-                self.attempts = 0;
-                self.not_before = Moment::ZERO;
-                self.trouble = None;
-                happened
-            }
-            Err(SubnetError::NotHeld { reason, .. }) if self.lease.is_some() => {
+            Answer::Acquired(Err(SubnetError::NotHeld { reason, .. }))
+            | Answer::Published(Err(SubnetError::NotHeld { reason, .. }), _)
+            | Answer::Renewed(Err(SubnetError::NotHeld { reason, .. }))
+                if self.lease.is_some() =>
+            {
                 self.lose(reason);
                 Happened::Lease
             }
-            Err(error) => {
-                self.fail(error);
+            Answer::Published(Err(error), _) => {
+                self.publishing.fail(now, &seed("publish"), error);
+                Happened::Trouble
+            }
+            Answer::Watching(Err(error)) => {
+                self.watching.fail(now, &seed("watch"), error);
+                Happened::Trouble
+            }
+            Answer::Network(Err(error)) | Answer::Acquired(Err(error)) | Answer::Renewed(Err(error)) => {
+                self.holding.since = None;
+                self.holding.fail(now, &seed("lease"), error);
                 Happened::Trouble
             }
         }
@@ -229,24 +282,24 @@ impl Control {
                 Happened::Lease
             }
             Some(Ok(event)) => {
-                if self.lease.is_some() {
-                    self.trouble = None;
-                }
+                self.watching.trouble = None;
                 Happened::Peers(event)
             }
             Some(Err(error)) => {
-                tracing::warn!(%error, "the watch of leases failed");
-                self.fail(error);
+                if self.watching.attempts == 0 {
+                    tracing::warn!(%error, "the watch of leases failed");
+                }
+                self.watching.trouble = Some(error);
                 Happened::Trouble
             }
             None => {
                 self.watch = None;
-                if self.trouble.is_none() {
-                    self.fail(SubnetError::Unavailable {
-                        attempted: "watch the leases".to_owned(),
-                        reason: "the stream ended".to_owned(),
-                    });
-                }
+                let ended = || SubnetError::Unavailable {
+                    attempted: "watch the leases".to_owned(),
+                    reason: "the stream ended".to_owned(),
+                };
+                let error = self.watching.trouble.take().unwrap_or_else(ended);
+                self.watching.fail(self.clock.now(), &format!("{}/watch", self.node), error);
                 Happened::Trouble
             }
         }
@@ -254,8 +307,11 @@ impl Control {
 
     fn hold(&mut self, owned: OwnedLease) -> Happened {
         let now = self.clock.now();
-        self.expires = owned.remaining.map(|left| now + left);
-        self.renew_at = owned.remaining.map(|left| now + (left - MARGIN.min(left / 3)));
+        self.expires = owned.remaining.map(|left| now.saturating_add(left));
+        self.renew_at = owned
+            .remaining
+            // However short the term, the store is not asked in a loop.
+            .map(|left| now.saturating_add((left - MARGIN.min(left / 3)).max(SHORTEST_RENEWAL)));
         self.lease = Some(owned.lease);
         Happened::Lease
     }
@@ -266,23 +322,15 @@ impl Control {
         self.lease = None;
         self.expires = None;
         self.renew_at = None;
-        self.fail(SubnetError::NotHeld { node: self.node.clone(), reason });
-    }
-
-    fn fail(&mut self, error: SubnetError) {
-        self.attempts = self.attempts.saturating_add(1);
-        self.not_before = self.clock.now() + backoff::wait(self.attempts, &format!("{}/store", self.node));
-        if self.renew_at.is_some_and(|at| at < self.not_before) {
-            self.renew_at = Some(self.not_before);
-        }
-        self.trouble = Some(error);
+        let error = SubnetError::NotHeld { node: self.node.clone(), reason };
+        self.holding.fail(self.clock.now(), &format!("{}/lease", self.node), error);
     }
 
     /// Gives the lease back.
     pub(super) async fn release(&mut self) -> Result<(), SubnetError> {
         self.job = None;
         self.watch = None;
-        let deadline = self.clock.now() + DEADLINE;
+        let deadline = self.clock.now().saturating_add(DEADLINE);
         tokio::select! {
             biased;
             done = self.manager.release(&self.node) => done,

@@ -20,12 +20,12 @@ use futures::{FutureExt, StreamExt};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use tokio::sync::{mpsc, watch};
 
-use self::command::Command;
 pub(crate) use self::command::Handle;
+use self::command::{Command, Farewell};
 use self::control::{Control, Happened};
 use self::wish::{NoView, View};
 use crate::admission::{Admission, Policy, Reserved, Verdict, VerdictChange};
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendError};
 use crate::clock::{Clock, Moment};
 use crate::driver::{Change, ChangeStream, Driver, DriverError, HostView, Scope};
 use crate::lease::LeaseEvent;
@@ -36,7 +36,7 @@ use crate::plan::{
     Conflict, Desired, Domain, Fit, Key, Link, Object, Picture, Plan, Prune, Step, Sysctl, SysctlName, Unit, diff,
     diff_units,
 };
-use crate::status::{Counters, PeerState, Report, Status};
+use crate::status::{Counters, PeerState, Phase, Report, Status};
 use crate::subnet::{LeaseRequest, SubnetManager};
 use crate::types::{DeviceName, Family, NodeName, Stack};
 use crate::underlay::{self, UnderlayChoice};
@@ -47,6 +47,10 @@ const COLLECT: Duration = Duration::from_millis(20);
 /// a core at most; the full check rests [`CHECK_REST`] times its length: 0.2 % of a core.
 const HINT_REST: u32 = 3;
 const CHECK_REST: u32 = 500;
+/// Hints are collected at most 2 to this power times longer while somebody works against us: 640 ms.
+const MOST_PATIENCE: u32 = 5;
+/// Repairs that follow each other faster than this are a fight.
+const FIGHT: Duration = Duration::from_secs(2);
 /// How long after a look that failed the next one follows.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long after a driver's hints ended they are asked for again.
@@ -122,10 +126,23 @@ pub(crate) struct Engine {
     look_again_at: Option<Moment>,
     /// Settings of the host that this run changed: they stay.
     settings_made: BTreeMap<SysctlName, String>,
+    /// How many repairs have followed each other closely, and when the last one was.
+    fights: u32,
+    repaired_at: Moment,
     /// This node's own objects were all in the kernel once.
     programmed: bool,
     running: bool,
     counters: Counters,
+}
+
+impl Drop for Engine {
+    /// However it ends, nobody is told that it works any more.
+    fn drop(&mut self) {
+        self.status.send_modify(|status| {
+            let stopped = Status { phase: Phase::Stopped, ..(**status).clone() };
+            *status = Arc::new(stopped);
+        });
+    }
 }
 
 impl Engine {
@@ -169,6 +186,8 @@ impl Engine {
             unseen: BTreeMap::new(),
             look_again_at: None,
             settings_made: BTreeMap::new(),
+            fights: 0,
+            repaired_at: Moment::ZERO,
             programmed: false,
             running: false,
             counters: Counters::default(),
@@ -177,21 +196,22 @@ impl Engine {
     }
 
     /// Works until a shutdown.
-    pub(crate) async fn run(mut self) {
+    pub(crate) async fn run(mut self) -> Farewell {
         loop {
             self.work().await;
             self.begin_job();
             self.tell();
-            let Some(wake) = self.wait().await else { continue };
-            if let Command::Shutdown(how, reply) = wake {
-                let report = self.shut_down(how).await;
-                self.running = false;
-                self.tell_stopped();
-                // A caller that went away does not want the report.
-                let _ = reply.send(report);
-                return;
+            let Some(command) = self.wait().await.filter(|command| !command.is_withdrawn()) else { continue };
+            match command {
+                Command::Shutdown(how, reply) => match self.shut_down(how).await {
+                    Ok(report) => return Farewell { reply, report },
+                    // Nothing was done: it works on.
+                    Err(error) => {
+                        let _ = reply.send(Err(error));
+                    }
+                },
+                command => self.answer(command).await,
             }
-            self.answer(wake).await;
         }
     }
 
@@ -199,15 +219,15 @@ impl Engine {
     async fn wait(&mut self) -> Option<Command> {
         let clock = Arc::clone(&self.settings.clock);
         let until = self.next_moment();
+        let mut asked = None;
         tokio::select! {
-            biased;
-            Some(command) = self.commands.recv() => return Some(command),
+            Some(command) = self.commands.recv() => asked = Some(command),
             happened = self.control.next() => self.note(happened),
             Some(change) = self.changes.next(), if !self.changes.is_empty() => self.hint(change),
             () = clock.sleep_until(until) => {}
         }
         self.take_what_is_ready();
-        None
+        asked
     }
 
     /// Takes in what else has come, so that a burst is one round; neither source can starve the other.
@@ -228,12 +248,19 @@ impl Engine {
         let known = self.scope.is_some();
         let check = known.then_some(self.check_at);
         // What was due when the last round began has had its turn: if nothing came of it, something else must happen first.
-        [self.control.due(), retry.filter(|_| known), look.filter(|_| known), check, self.listen_at, self.look_again_at]
-            .into_iter()
-            .flatten()
-            .filter(|moment| *moment > self.round_at)
-            .min()
-            .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
+        [
+            self.control.due(self.round_at),
+            retry.filter(|_| known),
+            look.filter(|_| known),
+            check,
+            self.listen_at,
+            self.look_again_at,
+        ]
+        .into_iter()
+        .flatten()
+        .filter(|moment| *moment > self.round_at)
+        .min()
+        .unwrap_or_else(|| self.settings.clock.now() + self.settings.check_period)
     }
 
     /// Does everything that is due.
@@ -252,8 +279,8 @@ impl Engine {
         }
         let Some(_) = &self.scope else { return };
         // The kernel may hold something else than the picture, which may be why it refused: a look before the next try.
-        let check = now >= self.check_at || self.failures.values().any(|f| now >= f.retry_at);
-        if check {
+        let check = now >= self.check_at;
+        if check || self.failures.values().any(|f| now >= f.retry_at) {
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
         }
         if self.look_again_at.is_some_and(|at| now >= at) {
@@ -299,11 +326,14 @@ impl Engine {
     async fn look(&mut self) {
         let Some(scope) = self.scope.clone() else { return };
         let begun = self.settings.clock.now();
+        let whole = self.drivers.iter().all(|d| self.stale.contains(&d.domain()));
+        let mut looked_again = false;
         for driver in self.drivers.clone() {
             let domain = driver.domain();
             if !self.stale.contains(&domain) {
                 continue;
             }
+            looked_again |= self.unseen.contains_key(&domain);
             match driver.observe(&scope).await {
                 Ok(observed) => {
                     self.stale.remove(&domain);
@@ -325,17 +355,20 @@ impl Engine {
         }
         let now = self.settings.clock.now();
         let took = now.saturating_sub(begun);
-        self.counters.checks += 1;
         self.counters.last_check = took;
-        let spread = 0.9
-            + 0.2
-                * backoff::fraction(
-                    u32::try_from(self.counters.checks & 0xffff).unwrap_or(0),
-                    self.settings.node.as_str(),
-                );
-        self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
         self.look_at = now + took * HINT_REST;
-        self.look_again_at = (!self.unseen.is_empty()).then_some(now + LOOK_AGAIN);
+        // A look at some domains is no check of the others.
+        if whole {
+            self.counters.checks += 1;
+            let salt = u32::try_from(self.counters.checks & 0xffff).unwrap_or(0);
+            let spread = 1.0 + 0.2 * backoff::fraction(salt, self.settings.node.as_str());
+            self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
+        }
+        if self.unseen.is_empty() {
+            self.look_again_at = None;
+        } else if looked_again || self.look_again_at.is_none() {
+            self.look_again_at = Some(now + LOOK_AGAIN);
+        }
         self.view_stale = true;
         self.compare = true;
     }
@@ -362,7 +395,9 @@ impl Engine {
             return;
         }
         if self.stale.is_empty() {
-            self.look_at = self.look_at.max(self.settings.clock.now() + COLLECT);
+            // Against somebody who undoes what we do, again and again, with growing patience.
+            let collect = COLLECT * 2_u32.pow(self.fights.min(MOST_PATIENCE));
+            self.look_at = self.look_at.max(self.settings.clock.now() + collect);
         }
         self.stale.extend(domains);
     }
@@ -420,7 +455,11 @@ impl Engine {
             None => (Vec::new(), None),
             Some(Verdict::Pending) => (Vec::new(), Some(PeerState::Pending)),
             Some(Verdict::Refused(refusal)) => {
-                tracing::warn!(peer = %node, %family, %refusal, "a peer is kept out");
+                // Once: a lease that goes on changing must not fill the log.
+                let before = self.aside.get(&(node.clone(), family));
+                if !matches!(before, Some(PeerState::Refused(_))) {
+                    tracing::warn!(peer = %node, %family, %refusal, "a peer is kept out");
+                }
                 (Vec::new(), Some(PeerState::Refused(refusal)))
             }
             Some(Verdict::Admitted { backend, peer }) => {
@@ -444,6 +483,8 @@ impl Engine {
         if self.desired.unit(&unit) == objects {
             return;
         }
+        // A new wish is not to blame for what became of the old one.
+        self.failures.remove(&unit);
         let before = self.desired.set(unit.clone(), objects);
         self.changed.push((unit, before));
     }
@@ -481,18 +522,30 @@ impl Engine {
     }
 
     fn adopt_view(&mut self, view: View) {
-        let same = self
-            .view
-            .as_ref()
-            .is_some_and(|old| old.nodes == view.nodes && old.blocking == view.blocking && old.policy == view.policy);
+        let same = self.view.as_ref().is_some_and(|old| {
+            old.nodes == view.nodes
+                && old.blocking == view.blocking
+                && old.shadowing == view.shadowing
+                && old.policy == view.policy
+        });
         if same {
             return;
         }
+        let units = match wish::node_units(&self.settings, &self.masquerade, &view) {
+            Ok(units) => units,
+            Err(error) => {
+                tracing::warn!(%error, "this node cannot take part now");
+                self.no_view = Some(NoView::Backend(error));
+                return;
+            }
+        };
         let nodes_changed = self.view.as_ref().is_none_or(|old| old.nodes != view.nodes);
         let policy = view.policy.clone();
         tracing::debug!(underlay = %view.underlay.device, mtu = %view.pod_mtu, "this node's view changed");
         self.view = Some(view);
-        self.want_node();
+        for (unit, objects) in units {
+            self.want(unit, objects);
+        }
         self.set_policy(policy);
         if nodes_changed {
             self.want_all_peers();
@@ -500,16 +553,15 @@ impl Engine {
         self.compare = true;
     }
 
-    fn want_node(&mut self) {
-        let Some(view) = &self.view else { return };
-        match wish::node_units(&self.settings, &self.masquerade, view) {
-            Ok(units) => {
-                for (unit, objects) in units {
-                    self.want(unit, objects);
-                }
+    /// The firewall rules of a new policy.
+    pub(super) fn set_masquerade(&mut self, policy: MasqueradePolicy) -> Result<(), BackendError> {
+        if let Some(view) = &self.view {
+            for (unit, objects) in wish::node_units(&self.settings, &policy, view)? {
+                self.want(unit, objects);
             }
-            Err(error) => self.no_view = Some(NoView::Backend(error)),
         }
+        self.masquerade = policy;
+        Ok(())
     }
 
     fn set_policy(&mut self, policy: Policy) {
@@ -597,9 +649,17 @@ impl Engine {
             let steps = plan.steps().count();
             self.counters.repaired += u64::try_from(steps).unwrap_or(0);
             let first = plan.steps().next().map(Step::to_string).unwrap_or_default();
-            tracing::info!(steps, first, "something changed the kernel behind our back: repairing");
+            self.fights = if now.saturating_sub(self.repaired_at) < FIGHT { self.fights.saturating_add(1) } else { 0 };
+            self.repaired_at = now;
+            if self.fights <= MOST_PATIENCE {
+                tracing::info!(steps, first, "something changed the kernel behind our back: repairing");
+            }
         }
         let report = self.apply(plan).await;
+        // What was left out of the plan has had its turn too.
+        for failure in self.failures.values_mut().filter(|f| now >= f.retry_at) {
+            failure.retry_at = now + LOOK_AGAIN;
+        }
         if self.stands() {
             self.programmed = true;
             self.running = true;
@@ -678,8 +738,8 @@ impl Engine {
             tracing::warn!(%unit, %error, "the kernel refused a step; it is tried again");
         }
         let wait = if error.is_retryable() { attempts } else { u32::MAX };
-        let retry_at = now + backoff::wait(wait, &format!("{}/{unit}", self.settings.node));
-
+        let wait = backoff::wait(wait, &format!("{}/{unit}", self.settings.node));
+        let retry_at = now + if wait < LOOK_AGAIN { wait } else { whole_seconds(now + wait).saturating_sub(now) };
         self.failures.insert(unit, Failure { error, attempts, retry_at });
     }
 
@@ -737,35 +797,51 @@ impl Engine {
         if how == Shutdown::Keep {
             return Ok(Report::default());
         }
+        if self.scope.is_none() {
+            let reason = "the cluster network is not known yet, so that nothing can be told to be ours";
+            return Err(crate::Error::NotReady { reason: reason.to_owned() });
+        }
         // Peers first: they stop sending before the way is gone.
         let released = if how == Shutdown::Leave { self.control.release().await } else { Ok(()) };
-        let mut report = self.remove_state().await?;
+        let mut report = self.remove_state().await;
         report.kept_settings = self.settings_made.iter().map(|(name, value)| format!("{name} = {value}")).collect();
-        released?;
+        report.lease_kept = released.err().map(|error| error.to_string());
         Ok(report)
     }
 
     /// Plans towards nothing, and looks again: what is still there is reported.
-    async fn remove_state(&mut self) -> Result<Report, crate::Error> {
-        if self.scope.is_none() {
-            return Ok(Report::default());
-        }
+    async fn remove_state(&mut self) -> Report {
         self.desired = Desired::new();
         self.changed.clear();
         self.failures.clear();
         self.aside.clear();
-        self.look_at_all().await?;
-        let plan = diff(&self.desired, &self.picture, Prune::Yes);
+        // A domain that cannot be read is named below and keeps no other from being cleaned.
+        let _ = self.look_at_all().await;
+        let mut plan = diff(&self.desired, &self.picture, Prune::Yes);
+        self.leave_unseen(&mut plan);
         let mut report = self.apply(plan).await;
-        self.look_at_all().await?;
+        let _ = self.look_at_all().await;
         let refused: BTreeSet<Unit> = report.failed.iter().map(|(unit, _)| unit.clone()).collect();
         for left in diff(&self.desired, &self.picture, Prune::Yes).units {
             if !refused.contains(&left.unit) {
                 report.failed.push((left.unit, "it is still there".to_owned()));
             }
         }
-        Ok(report)
+        for (domain, error) in &self.unseen {
+            let unit = match domain {
+                Domain::Firewall => Unit::Firewall(Family::V4),
+                Domain::Sysctl => Unit::Host(Family::V4),
+                _ => Unit::Node(Family::V4),
+            };
+            report.failed.push((unit, format!("{domain} could not be read: {error}")));
+        }
+        report
     }
+}
+
+/// The next whole second, so that many units that wait long are tried together, after one look.
+fn whole_seconds(moment: Moment) -> Moment {
+    Moment::from_secs(moment.as_secs().saturating_add(1))
 }
 
 /// Adds an event to what is known before admission begins: always a whole snapshot, or nothing.

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Engine, wish};
+use super::{Engine, View, wish};
 use crate::admission::Verdict;
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::plan::{Conflict, Key, Unit};
+use crate::plan::Unit;
 use crate::status::{
     Condition, ConditionKind, ConditionState, PeerCounts, PeerFamily, PeerState, PeerStatus, Phase, Status,
 };
@@ -41,15 +41,12 @@ impl Engine {
         });
     }
 
-    pub(super) fn tell_stopped(&self) {
-        self.status.send_replace(Arc::new(self.status_now(Phase::Stopped)));
-    }
-
     fn status_now(&self, phase: Phase) -> Status {
         let mut conflicts: Vec<_> = self.conflicts.values().cloned().collect();
         conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
         let mut warnings: Vec<_> = self.warnings.values().flatten().cloned().collect();
         if let Some(view) = &self.view {
+            warnings.extend(view.shadowing.iter().cloned());
             warnings.extend(wish::missing_settings(&self.settings, view, &self.observed_sysctls()));
         }
         let troubled = self.troubled();
@@ -76,7 +73,7 @@ impl Engine {
 
     fn lease_condition(&self) -> Condition {
         let kind = ConditionKind::Lease;
-        match (&self.control.lease, &self.control.trouble) {
+        match (&self.control.lease, self.control.trouble()) {
             (Some(lease), None) => met(kind, subnets(lease)),
             (Some(lease), Some(trouble)) => {
                 met(kind, format!("{}; the store is in trouble: {trouble}", subnets(lease)))
@@ -104,10 +101,10 @@ impl Engine {
     fn peers_condition(&self) -> Condition {
         let kind = ConditionKind::Peers;
         let known = self.admission.as_ref().map_or(0, crate::admission::Admission::len);
-        match (self.whole, self.control.is_watching(), &self.control.trouble) {
+        match (self.whole, self.control.is_watching(), self.control.trouble()) {
             (true, true, _) => met(kind, format!("{known} peers known")),
             (true, false, trouble) => {
-                let why = trouble.as_ref().map(|t| format!(" ({t})")).unwrap_or_default();
+                let why = trouble.map(|t| format!(" ({t})")).unwrap_or_default();
                 met(kind, format!("{known} peers known; the store is not being watched now{why}"))
             }
             (false, _, Some(trouble)) => failed(kind, trouble.to_string()),
@@ -145,7 +142,7 @@ impl Engine {
             let kinds: Vec<&str> = offers.iter().map(|o| o.backend.as_str()).collect();
             return met(kind, format!("peers know how to reach this node: {}", kinds.join(", ")));
         }
-        match &self.control.trouble {
+        match self.control.trouble() {
             Some(trouble) => failed(kind, trouble.to_string()),
             None => waiting(kind, "the kernel comes first"),
         }
@@ -178,7 +175,8 @@ impl Engine {
                 counts.pending += 1;
             }
         }
-        if self.programmed && self.view.is_some() && self.no_ground().is_none() {
+        let stands = |view: &View| view.families.iter().all(|family| self.no_ground(*family).is_none());
+        if self.view.as_ref().is_some_and(stands) {
             counts.connected = total.saturating_sub(troubled.len());
         }
         counts
@@ -201,7 +199,7 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let cut_off = || self.no_ground().map(|c| PeerState::Unreachable { reason: c.to_string() });
+                let cut_off = || self.no_ground(family).map(|reason| PeerState::Unreachable { reason });
                 let state = self.trouble_of(&lease.node, family).or_else(cut_off);
                 let state = state.or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
@@ -210,11 +208,19 @@ impl Engine {
         Some(PeerStatus { node: lease.node.clone(), precedence: lease.precedence.clone(), families })
     }
 
-    /// What of others keeps this node itself out of its network, so that no peer can be reached.
-    fn no_ground(&self) -> Option<&Conflict> {
-        let own = |key: &Key| matches!(self.desired.owner(key), Some(Unit::Node(_)));
-        let blocking = self.view.iter().flat_map(|view| &view.blocking).map(|(_, conflict)| conflict).next();
-        blocking.or_else(|| self.conflicts.iter().find(|(key, _)| own(key)).map(|(_, conflict)| conflict))
+    /// Why this node itself is not in its network in a family, so that no peer can be reached.
+    fn no_ground(&self, family: Family) -> Option<String> {
+        let ground = Unit::Node(family);
+        let blocking = self.view.iter().flat_map(|view| &view.blocking).find(|(of, _)| *of == family);
+        let in_the_way = || self.conflicts.iter().find(|(key, _)| self.desired.owner(key) == Some(&ground));
+        let conflict = blocking.map(|(_, conflict)| conflict).or_else(|| in_the_way().map(|(_, conflict)| conflict));
+        if let Some(conflict) = conflict {
+            return Some(conflict.to_string());
+        }
+        if let Some(failure) = self.failures.get(&ground) {
+            return Some(failure.error.to_string());
+        }
+        (!self.programmed).then(|| "this node is not programmed yet".to_owned())
     }
 
     fn connected(&self, verdict: &Verdict) -> Option<PeerState> {

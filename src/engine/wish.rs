@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 use super::Settings;
-use crate::admission::{Policy, Reserved};
+use crate::admission::{Policy, Refusal, Reserved, judge_own};
 use crate::backend::{Backend, BackendError, NodeView, OfferContext, Underlay};
 use crate::driver::{HostView, Scope};
 use crate::lease::{Lease, Offer};
@@ -26,6 +26,7 @@ pub(super) struct View {
     pub(super) nodes: Vec<NodeView>,
     pub(super) pod_mtu: Mtu,
     pub(super) blocking: Vec<(Family, Conflict)>,
+    pub(super) shadowing: Vec<Conflict>,
     pub(super) policy: Policy,
     networks: Stack<Ipv4Network, Ipv6Network>,
     subnets: Stack<Ipv4Network, Ipv6Network>,
@@ -48,6 +49,8 @@ pub(super) enum NoView {
     Underlay(#[from] UnderlayError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error("no peer can accept this node's own lease: {0}; it is for the store of leases to change it")]
+    OwnSubnet(Refusal),
     #[error("the lease {subnets}, the cluster network and the underlay {device} have no family in common")]
     NoFamily { subnets: String, device: String },
 }
@@ -81,10 +84,20 @@ pub(super) fn view(
         Family::V4 => (lease.subnets.v4().copied(), v6),
         Family::V6 => (v4, lease.subnets.v6().copied()),
     });
-    let subnets = Stack::from_halves(subnets.0, subnets.1).ok_or_else(|| NoView::NoFamily {
-        subnets: format!("{:?}", lease.subnets),
-        device: underlay.device.to_string(),
-    })?;
+    let no_family =
+        || NoView::NoFamily { subnets: format!("{:?}", lease.subnets), device: underlay.device.to_string() };
+    let subnets = Stack::from_halves(subnets.0, subnets.1).ok_or_else(no_family)?;
+    let networks = families.iter().fold((None, None), |(v4, v6), family| match family {
+        Family::V4 => (networks.v4().copied(), v6),
+        Family::V6 => (v4, networks.v6().copied()),
+    });
+    // Peers are looked at in the families that work here, and in no other.
+    let networks = Stack::from_halves(networks.0, networks.1).ok_or_else(no_family)?;
+    for family in &families {
+        if let (Some(subnet), Some(network)) = (of(&subnets, *family), of(&networks, *family)) {
+            judge_own(subnet, network, &settings.reserved).map_err(NoView::OwnSubnet)?;
+        }
+    }
     let mut nodes = Vec::new();
     let mut own_claims = BTreeSet::new();
     let mut pod_mtu: Option<Mtu> = None;
@@ -105,7 +118,7 @@ pub(super) fn view(
         pod_mtu = Some(pod_mtu.map_or(mtu, |least| least.min(mtu)));
         nodes.push(NodeView { node: settings.node.clone(), networks, subnets, underlay: underlay.clone(), offer });
     }
-    let Collisions { blocking, reserved } = underlay::collisions(host, &networks, &subnets, &underlay);
+    let Collisions { blocking, reserved, shadowing } = underlay::collisions(host, &networks, &subnets, &underlay);
     let policy = Policy {
         node: settings.node.clone(),
         networks,
@@ -115,7 +128,14 @@ pub(super) fn view(
         reserved: settings.reserved.iter().cloned().chain(reserved).chain(standing(host, &underlay)).collect(),
     };
     let pod_mtu = pod_mtu.unwrap_or(underlay.mtu);
-    Ok(View { families, underlay, nodes, pod_mtu, blocking, policy, networks, subnets })
+    Ok(View { families, underlay, nodes, pod_mtu, blocking, shadowing, policy, networks, subnets })
+}
+
+fn of(stack: &Stack<Ipv4Network, Ipv6Network>, family: Family) -> Option<IpNetwork> {
+    match family {
+        Family::V4 => stack.v4().map(|n| IpNetwork::V4(*n)),
+        Family::V6 => stack.v6().map(|n| IpNetwork::V6(*n)),
+    }
 }
 
 /// What a pod's subnet must never cover: the gateways through which this node reaches the rest of the world, and what is

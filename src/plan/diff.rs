@@ -87,13 +87,22 @@ struct Work<'a> {
     /// Devices that this plan makes anew: nothing on them outlives it.
     remade: HashSet<DeviceName>,
     plan: Plan,
+    /// What the conflicts in the plan keep out: each is named once.
+    named: HashSet<Key>,
     /// Where in the plan a unit's steps are.
     places: HashMap<Unit, usize>,
 }
 
 impl<'a> Work<'a> {
     fn new(desired: &'a Desired, picture: &'a Picture) -> Self {
-        Work { desired, picture, remade: HashSet::new(), plan: Plan::default(), places: HashMap::new() }
+        Work {
+            desired,
+            picture,
+            remade: HashSet::new(),
+            plan: Plan::default(),
+            named: HashSet::new(),
+            places: HashMap::new(),
+        }
     }
 
     /// The steps that bring about what a unit wants, up to the first conflict.
@@ -108,7 +117,7 @@ impl<'a> Work<'a> {
             let device = object.device().map(|d| Key::Link(d.clone()));
             let conflict = self.picture.conflict(&key).or_else(|| self.picture.conflict(device.as_ref()?));
             if let Some(conflict) = conflict {
-                if !self.plan.conflicts.contains(conflict) {
+                if self.named.insert(conflict.object.clone()) {
                     self.plan.conflicts.push(conflict.clone());
                 }
                 break;

@@ -83,7 +83,7 @@ pub struct Conflict {
 
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} conflicts with {}: {}", self.object, self.with, self.advice)
+        write!(f, "{}: {} is in the way: {}", self.object, self.with, self.advice)
     }
 }
 

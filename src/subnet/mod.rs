@@ -59,9 +59,15 @@ pub trait SubnetManager: Debug + Send + Sync + 'static {
     async fn network(&self) -> Result<NetworkConfig, SubnetError>;
 
     /// This node's lease: the one it holds already, or a new one. Idempotent; cancel safe.
+    ///
+    /// # Errors
+    /// [`SubnetError::NotAssigned`] or [`SubnetError::OutOfSubnets`] while there is none to have; all are tried again.
     async fn acquire(&self, request: &LeaseRequest) -> Result<OwnedLease, SubnetError>;
 
     /// Tells peers how this node is reached: replaces all offers of the node's lease. Idempotent; cancel safe.
+    ///
+    /// # Errors
+    /// [`SubnetError::NotHeld`] makes the engine give the lease up and acquire again; all others are tried again.
     async fn publish(&self, node: &NodeName, offers: &[Offer]) -> Result<OwnedLease, SubnetError>;
 
     /// Extends the lease by its full term. For a lease without a term this only checks that it is still held. Cancel safe.
@@ -70,7 +76,7 @@ pub trait SubnetManager: Debug + Send + Sync + 'static {
     /// Gives the lease back. Releasing what is not held is success. Cancel safe.
     async fn release(&self, node: &NodeName) -> Result<(), SubnetError>;
 
-    /// All leases, then their changes, as `node` sees them.
+    /// All leases, then their changes, as `node` sees them. Cancel safe; dropping the stream ends the watch.
     async fn watch(&self, node: &NodeName) -> Result<LeaseStream, SubnetError>;
 }
 

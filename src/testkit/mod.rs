@@ -6,15 +6,16 @@
 //! - `MockOverlay`, `MockSubnetManager`: mockall mocks, for tests of code that calls podnet.
 //!
 //! ```
-//! # #[cfg(feature = "testkit")] {
+//! # #[cfg(feature = "testkit")]
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
 //! use podnet::testkit::MockOverlay;
 //! use podnet::{Error, Overlay};
 //!
 //! let mut overlay = MockOverlay::new();
 //! overlay.expect_lease().returning(|| Err(Error::NotReady { reason: "no podCIDR yet".into() }));
-//! let answer = futures::executor::block_on(overlay.lease());
-//! assert!(answer.unwrap_err().is_retryable());
+//! assert!(overlay.lease().await.unwrap_err().is_retryable());
 //! # }
+//! # #[cfg(not(feature = "testkit"))] fn main() {}
 //! ```
 
 pub mod kernel;

@@ -114,6 +114,11 @@ impl Eye {
         Eye { route: open(0), nft: open(12), netns: netns.clone() }
     }
 
+    /// Where it looks.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
     /// All of it.
     pub fn dump(&self) -> Dump {
         loop {

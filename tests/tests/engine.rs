@@ -493,6 +493,16 @@ async fn a_bridge_inside_the_cluster_network_keeps_out_only_the_peer_that_it_mee
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_small_network_inside_a_peers_subnet_is_a_warning_and_cuts_nobody_off() {
+    let (kernel, _subnets, running) = cluster().await;
+    kernel.addr_add(&dev("docker0"), "10.42.1.65/26".parse().unwrap()).unwrap();
+    let status = running.until(|s| s.to_string().contains("10.42.1.64/26")).await;
+    assert_eq!(status.peers.connected, 2, "{status}");
+    assert!(status.is_ready());
+    assert_eq!(kernel.take_writes().len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_pods_own_bridge_inside_this_nodes_subnet_is_no_conflict() {
     let (kernel, subnets) = (host(), store());
     kernel.link_add(&dev("cni0"), "bridge", 1450).unwrap();

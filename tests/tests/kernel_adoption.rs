@@ -1,6 +1,8 @@
 //! What was there before podnet on a real kernel: flannel's own work taken over with no packet lost, devices that do not fit, devices
 //! of others, and a cluster of which one half is flannel's.
 
+use std::time::Duration;
+
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -132,6 +134,8 @@ async fn fault_19_a_cluster_of_flannels_is_taken_over_node_by_node_with_no_packe
     for index in 0..2 {
         cluster.start(index).await;
         cluster.overlay(index).until(connected(1)).await;
+        // Not to wait for anything: some pings, one a ms, shall go over what was just taken over.
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     for stream in [there, back] {
         let report = stream.stop().await.unwrap();

@@ -12,6 +12,7 @@ use podnet_lab::{Host, Route};
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::privilege::with_only;
+use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::{
     Cluster, DEVICE, STATIC, assert_same, builder, connected, lone_host, many, network, nft, peer,
 };
@@ -346,9 +347,9 @@ async fn checksum_offload_that_is_switched_off_is_seen_off_from_outside_and_stay
     assert_eq!(feature(), Some(false));
     assert!(running.overlay.reconcile().await.unwrap().done.is_empty());
     host.delete_link(DEVICE).await.unwrap();
-    let begun = std::time::Instant::now();
+    let watch = Stopwatch::start(host.netns());
     podnet_lab::wait_until("it is off again", podnet_tests::real::SOON * 10, || async { Ok(feature() == Some(false)) })
         .await
         .unwrap();
-    assert!(begun.elapsed() < podnet_tests::real::SOON, "{:?}", begun.elapsed());
+    watch.assert_soon();
 }

@@ -85,6 +85,9 @@ impl Vxlan {
             let mut options = Vxlan::new();
             if let Some(vni) = fields.integer("VNI", 0..=9_999_999).and_then(|v| u64::try_from(v).ok()) {
                 options.vni = Vni::new(vni).unwrap_or(Vni::ONE);
+                if vni > 99_999 && config.networks().v6().is_some() {
+                    fields.refuse("VNI", "0 to 99999 with IPv6: the device's name has 15 bytes at most");
+                }
             }
             if let Some(port) = fields.integer("Port", 0..=65_535).and_then(|p| u16::try_from(p).ok()) {
                 options.port = if port == 0 { DEFAULT_PORT } else { port };

@@ -6,8 +6,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoVxlan, LinkAttribute, LinkMessage};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
+use super::requester::Trouble;
 use super::wire::{Message, Messages, attributes, ip_of, mac_of, number, text_of, u32_of};
 use super::{ALIAS, UNFINISHED};
+use crate::driver::Errno;
 use crate::plan::{Link, LinkKind, Owner, Vxlan};
 use crate::types::{DeviceName, MacAddr, Mtu, Vni};
 
@@ -73,7 +75,7 @@ impl RawLink {
         self.flags & number::IFF_LOWER_UP != 0 && matches!(self.operstate, IF_OPER_UP | IF_OPER_UNKNOWN)
     }
 
-    /// Whose a device of our name is; `None` when it is somebody else's.
+    /// Whose a device is by its mark, whatever its name; `None` when it is somebody else's.
     pub(super) fn owner(&self, adopt: bool) -> Option<Owner> {
         if self.kind != "vxlan" || self.vxlan.is_none() {
             return None;
@@ -239,24 +241,25 @@ fn local(address: IpAddr) -> InfoVxlan {
     }
 }
 
-/// The message after it: our alias, no group, and no link-local address (the kernel takes that mode only after the creation,
-/// and only before the device is up). flannel leaves its devices at `eui64`: each has an address in fe80::/64 that
-/// nobody uses.
-pub(super) fn finish(index: u32) -> LinkMessage {
-    mark_builder(index)
-        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-            In6AddrGenMode::None,
-        )])]))
-        .build()
+/// No link-local address: the kernel takes that mode only after the creation, and only before the device is up, and refuses
+/// it where the device has no IPv6 ([`without_ipv6`]). flannel leaves its devices at `eui64`: each has an address in
+/// fe80::/64 that nobody uses.
+pub(super) fn no_link_local(index: u32) -> LinkMessage {
+    let mode = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    LinkUnspec::new_with_index(index).append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![mode])).build()
 }
 
-/// Our alias and no group.
+/// Takes the refusal of an IPv6 setting for done where the device has no IPv6: it is off, or the MTU is below 1280 bytes.
+pub(super) fn without_ipv6(answer: Result<(), Trouble>) -> Result<(), Trouble> {
+    match answer {
+        Err(Trouble::Refused(Errno::AFNOSUPPORT, _)) => Ok(()),
+        other => other,
+    }
+}
+
+/// Our alias and no group: the device is finished, and ours.
 pub(super) fn mark(index: u32) -> LinkMessage {
-    mark_builder(index).build()
-}
-
-fn mark_builder(index: u32) -> LinkMessageBuilder<LinkUnspec> {
-    LinkUnspec::new_with_index(index).alias(ALIAS).link_group(0)
+    LinkUnspec::new_with_index(index).alias(ALIAS).link_group(0).build()
 }
 
 /// Up or down.
@@ -274,6 +277,9 @@ pub(super) struct Alteration {
     pub(super) flushes_neighbours: bool,
 }
 
+/// The name of the alteration that a device without IPv6 refuses.
+pub(super) const NO_LINK_LOCAL: &str = "no link-local address";
+
 /// The messages that turn the device `is` into `to` in place, one an attribute, so that a refusal names it. The lower
 /// device comes before the MTU, which it bounds. `underlay` is the index of the wanted lower device.
 pub(super) fn alterations(is: &RawLink, to: &Link, underlay: Option<u32>) -> Vec<Alteration> {
@@ -290,8 +296,10 @@ pub(super) fn alterations(is: &RawLink, to: &Link, underlay: Option<u32>) -> Vec
         LinkMessageBuilder::<LinkVxlan>::new(to.name.as_str()).index(index).id(has.vni).append_info_data(data).build()
     };
     if is.alias != ALIAS || is.group == UNFINISHED {
-        let message = if is.group == UNFINISHED && !is.up() { finish(index) } else { mark(index) };
-        change(format!("alias {ALIAS}"), message);
+        if is.group == UNFINISHED && !is.up() {
+            change(NO_LINK_LOCAL.to_owned(), no_link_local(index));
+        }
+        change(format!("alias {ALIAS}"), mark(index));
     }
     if let (Some(device), Some(lower)) = (&want.underlay, underlay)
         && has.underlay != Some(lower)

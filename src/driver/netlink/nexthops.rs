@@ -210,6 +210,17 @@ impl Nexthops {
         self.routes.retain(|_, id| id.is_none_or(|id| !dead.contains(&id)));
     }
 
+    /// The objects on a device and our routes that name them, in order.
+    pub(super) fn on_device(&self, index: u32) -> (Vec<RouteKey>, Vec<u32>) {
+        let here = |entry: &Entry| entry.via.is_some_and(|via| via.index == index);
+        let mut ids: Vec<u32> = self.entries.iter().filter(|(_, entry)| here(entry)).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        let named = |id: &Option<u32>| id.and_then(|id| self.entries.get(&id)).is_some_and(here);
+        let mut routes: Vec<RouteKey> = self.routes.iter().filter(|(_, id)| named(id)).map(|(key, _)| *key).collect();
+        routes.sort_unstable();
+        (routes, ids)
+    }
+
     /// The objects that nothing uses, lowest first.
     pub(super) fn unused(&self) -> Vec<u32> {
         let mut unused: Vec<u32> =
@@ -316,6 +327,12 @@ mod tests {
     fn what_was_on_a_device_goes_with_it() {
         let mut pool = Nexthops::default();
         pool.observe(Some(&[object(NEXTHOP_BASE, PROTOCOL, 1)]), [(key(1), Some(NEXTHOP_BASE)), (key(2), None)], []);
+        assert_eq!(
+            pool.on_device(3),
+            (vec![key(1)], vec![NEXTHOP_BASE]),
+            "a plain route goes with the device by itself"
+        );
+        assert_eq!(pool.on_device(4), (vec![], vec![]));
         pool.device_gone(3);
         assert!(pool.unused().is_empty() && pool.find(via(1)).is_none());
         pool.decide(keys(0).iter());

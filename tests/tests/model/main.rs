@@ -48,17 +48,9 @@ fn requests() {
 fn drivers() {
     let act = prop_oneof![
         1 => vec(0..OURS, 0..=OURS).prop_map(Act::Converge),
-        2 => operation().prop_filter("the driver cannot make a device without IPv6 yet", |o| !too_small(o)).prop_map(Act::Operate),
+        2 => operation().prop_map(Act::Operate),
     ];
     check(64, vec(act, 1..=30));
-}
-
-/// What makes an underlay so narrow that a VXLAN device on it cannot speak IPv6.
-fn too_small(operation: &Operation) -> bool {
-    match operation {
-        Operation::UnderlayAdd(_, mtu) | Operation::LinkMtu(_, mtu) => *mtu < 1350,
-        _ => false,
-    }
 }
 
 /// Each case is a new namespace, which is gone when the case is. `PROPTEST_CASES` makes it more (400 take a minute).
