@@ -19,7 +19,7 @@ step() {
     fi
     if [ "$code" = 0 ]; then
         printf 'ok %6d s\n' $((SECONDS - start))
-        [ -n "${V:-}" ] || grep -E '^(test result:|note: |skipped: |not shown)' "$log" || true
+        [ -n "${V:-}" ] || grep -E '^(test result:|note: |skipped: |not shown)|^test .* ok \([0-9.]+ s\)$' "$log" || true
     else
         printf 'FAILED %2d s\n' $((SECONDS - start))
         [ -n "${V:-}" ] || cat "$log"
