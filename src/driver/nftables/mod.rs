@@ -400,8 +400,17 @@ fn apply(connection: &mut Connection, attempted: &str, step: &Step) -> Result<()
     let generation = generation(connection, attempted)?;
     let tables = tables(connection, attempted)?;
     let mut changes = Vec::new();
+    let mut kept = false;
     match tables.iter().find(|t| is_table(t, family, Ruleset::TABLE)) {
-        Some(table) if table.is_ours() => changes.push(table::delete(family, Ruleset::TABLE)),
+        Some(table) if table.is_ours() => {
+            if let Some(rules) = &after {
+                let chains = chains(connection)?;
+                kept = table::keeps_frame(rules, &contents(connection, family, table, &chains)?);
+            }
+            if !kept {
+                changes.push(table::delete(family, Ruleset::TABLE));
+            }
+        }
         Some(_) => {
             let Conflict { with, advice, .. } = not_ours(family);
             return Err(DriverError::InTheWay { attempted: attempted.to_owned(), with, advice }.into());
@@ -413,7 +422,7 @@ fn apply(connection: &mut Connection, attempted: &str, step: &Step) -> Result<()
         changes.push(table::delete(family, flannel_table(family)));
     }
     if let Some(rules) = &after {
-        changes.extend(table::create(rules));
+        changes.extend(if kept { table::refill(rules) } else { table::create(rules) });
     }
     connection.commit(attempted, generation, &changes)
 }

@@ -3,7 +3,7 @@
 //! Decoding is strict: what is in our table and is not exactly as it is written here is named among the unrecognised,
 //! so that the whole table is made anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
@@ -80,6 +80,37 @@ pub(super) fn delete(family: Family, table: &str) -> Change {
     }
 }
 
+/// Whether the table that is there has just the chains that a ruleset needs, as we make them, and nothing beside their rules.
+/// Then only the rules are exchanged, and the chains stay at their hooks: between a chain that goes and one that comes, the
+/// kernel lets a new connection pass without address translation, for good.
+pub(super) fn keeps_frame(rules: &Ruleset, contents: &Contents) -> bool {
+    let there: Option<BTreeSet<Hook>> = contents.chains.iter().map(ChainSeen::as_ours).collect();
+    let wanted: BTreeSet<Hook> = rules.chains().iter().map(|chain| chain.hook).collect();
+    let named = |set: &SetSeen| set.flags & SetFlags::Anonymous.bits() == 0;
+    let holds = usize::try_from(contents.table.holds).ok();
+    contents.table.flags == 0
+        && there.is_some_and(|there| there == wanted)
+        && !contents.sets.iter().any(named)
+        && holds == Some(contents.chains.len())
+}
+
+/// The messages that put a ruleset's rules in the place of those that are there, in a table whose frame is kept.
+pub(super) fn refill(rules: &Ruleset) -> Vec<Change> {
+    let emptied = rules.chains().iter().map(|chain| {
+        let name = chain.hook.chain_name().to_owned();
+        let message = RuleMessage {
+            attributes: vec![RuleAttribute::Table(Ruleset::TABLE.to_owned()), RuleAttribute::Chain(name.clone())],
+        };
+        Change {
+            what: format!("empty the chain {name}"),
+            family: proto(rules.family),
+            message: NfTablesMessage::DeleteRule(message),
+            flags: 0,
+        }
+    });
+    emptied.chain(fill(rules)).collect()
+}
+
 /// The messages that make the table of a ruleset where there is none.
 pub(super) fn create(rules: &Ruleset) -> Vec<Change> {
     let family = rules.family;
@@ -111,6 +142,16 @@ pub(super) fn create(rules: &Ruleset) -> Vec<Change> {
         let what = format!("add the chain {}", chain.hook.chain_name());
         out.push(change(what, NfTablesMessage::NewChain(message), NLM_F_CREATE));
     }
+    out.extend(fill(rules));
+    out
+}
+
+/// The messages that add the rules, with their sets.
+fn fill(rules: &Ruleset) -> Vec<Change> {
+    let family = rules.family;
+    let table = Ruleset::TABLE.to_owned();
+    let change = |what: String, message, flags| Change { what, family: proto(family), message, flags };
+    let mut out = Vec::new();
     let mut set_id = 0;
     for chain in rules.chains() {
         for rule in &chain.rules {
