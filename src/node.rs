@@ -359,6 +359,7 @@ fn starting(node: &NodeName) -> Status {
         peers: PeerCounts::default(),
         troubled: Vec::new(),
         conflicts: Vec::new(),
+        more_conflicts: 0,
         warnings: Vec::new(),
         counters: Counters::default(),
     }

@@ -34,8 +34,10 @@ pub struct Status {
     pub peers: PeerCounts,
     /// The first 32 peers that do not work, by name; `peers` counts all of them.
     pub troubled: Vec<PeerStatus>,
-    /// What of others is in the way: nothing of it is touched.
+    /// What of others is in the way, the first 32: nothing of it is touched.
     pub conflicts: Vec<Conflict>,
+    /// How many more there are.
+    pub more_conflicts: usize,
     /// What of others may undo what podnet does (a chain that drops forwarded packets). It does not make the node unready.
     pub warnings: Vec<Conflict>,
     /// Counters since the start.
@@ -60,7 +62,7 @@ impl Status {
             (Phase::Starting, None) => "starting".to_owned(),
             (Phase::Running, None) => "ready".to_owned(),
         };
-        let (conflicts, warnings) = (self.conflicts.len(), self.warnings.len());
+        let (conflicts, warnings) = (self.conflicts.len() + self.more_conflicts, self.warnings.len());
         let p = &self.peers;
         format!("{state}; {} of {} peers connected; {conflicts} conflicts, {warnings} warnings", p.connected, p.total)
     }
@@ -91,6 +93,9 @@ impl fmt::Display for Status {
         }
         for conflict in &self.conflicts {
             writeln!(f, "  conflict: {conflict}")?;
+        }
+        if self.more_conflicts > 0 {
+            writeln!(f, "  and {} more conflicts", self.more_conflicts)?;
         }
         for warning in &self.warnings {
             writeln!(f, "  warning: {}: {}", warning.with, warning.advice)?;

@@ -243,7 +243,7 @@ impl Engine {
     }
 
     fn next_moment(&self) -> Moment {
-        let retry = self.failures.values().map(|f| f.retry_at).min();
+        let retry = self.failures.values().map(|f| f.retry_at).filter(|moment| *moment > self.round_at).min();
         let look = (!self.stale.is_empty()).then_some(self.look_at);
         let known = self.scope.is_some();
         let check = known.then_some(self.check_at);

@@ -13,7 +13,7 @@ use crate::status::{
 };
 use crate::types::{Family, NodeName};
 
-/// How many peers in trouble a status names.
+/// How many peers in trouble, and how many conflicts, a status names.
 const NAMED: usize = 32;
 
 impl Engine {
@@ -42,8 +42,11 @@ impl Engine {
     }
 
     fn status_now(&self, phase: Phase) -> Status {
-        let mut conflicts: Vec<_> = self.conflicts.values().cloned().collect();
-        conflicts.extend(self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c.clone())));
+        // What keeps this node itself out comes first.
+        let blocking = self.view.iter().flat_map(|v| v.blocking.iter().map(|(_, c)| c));
+        let mut conflicts: Vec<_> = blocking.chain(self.conflicts.values()).cloned().collect();
+        let more_conflicts = conflicts.len().saturating_sub(NAMED);
+        conflicts.truncate(NAMED);
         let mut warnings: Vec<_> = self.warnings.values().flatten().cloned().collect();
         if let Some(view) = &self.view {
             warnings.extend(view.shadowing.iter().cloned());
@@ -66,6 +69,7 @@ impl Engine {
             peers: self.count(&troubled),
             troubled: self.name(&troubled),
             conflicts,
+            more_conflicts,
             warnings,
             counters: self.counters,
         }
