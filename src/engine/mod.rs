@@ -49,8 +49,10 @@ const HINT_REST: u32 = 3;
 const CHECK_REST: u32 = 500;
 /// Hints are collected at most 2 to this power times longer while somebody works against us: 640 ms.
 const MOST_PATIENCE: u32 = 5;
-/// Repairs that follow each other faster than this are a fight.
+/// Repairs of one object that follow each other faster than this are a fight.
 const FIGHT: Duration = Duration::from_secs(2);
+/// Objects of a repair that are remembered for that.
+const REMEMBERED: usize = 64;
 /// How long after a look that failed the next one follows.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long after a driver's hints ended they are asked for again.
@@ -126,8 +128,9 @@ pub(crate) struct Engine {
     look_again_at: Option<Moment>,
     /// Settings of the host that this run changed: they stay.
     settings_made: BTreeMap<SysctlName, String>,
-    /// How many repairs have followed each other closely, and when the last one was.
+    /// How many repairs of the same objects have followed each other closely; which the last one was, and when.
     fights: u32,
+    repaired: BTreeSet<Key>,
     repaired_at: Moment,
     /// This node's own objects were all in the kernel once.
     programmed: bool,
@@ -187,6 +190,7 @@ impl Engine {
             look_again_at: None,
             settings_made: BTreeMap::new(),
             fights: 0,
+            repaired: BTreeSet::new(),
             repaired_at: Moment::ZERO,
             programmed: false,
             running: false,
@@ -649,7 +653,11 @@ impl Engine {
             let steps = plan.steps().count();
             self.counters.repaired += u64::try_from(steps).unwrap_or(0);
             let first = plan.steps().next().map(Step::to_string).unwrap_or_default();
-            self.fights = if now.saturating_sub(self.repaired_at) < FIGHT { self.fights.saturating_add(1) } else { 0 };
+            // The same again, soon after: somebody undoes it.
+            let keys: BTreeSet<Key> = plan.steps().map(Step::key).take(REMEMBERED).collect();
+            let again = now.saturating_sub(self.repaired_at) < FIGHT && !self.repaired.is_disjoint(&keys);
+            self.fights = if again { self.fights.saturating_add(1) } else { 0 };
+            self.repaired = keys;
             self.repaired_at = now;
             if self.fights <= MOST_PATIENCE {
                 tracing::info!(steps, first, "something changed the kernel behind our back: repairing");
