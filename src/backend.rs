@@ -179,62 +179,38 @@ pub trait Backend: Debug + Send + Sync + 'static {
     }
 }
 
-impl<T: Backend + ?Sized> Backend for Arc<T> {
-    fn kind(&self) -> BackendKind {
-        (**self).kind()
-    }
-    fn capabilities(&self) -> Capabilities {
-        (**self).capabilities()
-    }
-    fn devices(&self, families: &[Family]) -> Vec<DeviceName> {
-        (**self).devices(families)
-    }
-    fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError> {
-        (**self).pod_mtu(underlay, families)
-    }
-    fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError> {
-        (**self).offer(cx)
-    }
-    fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
-        (**self).claims(endpoint)
-    }
-    fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
-        (**self).node(view, family)
-    }
-    fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
-        (**self).peer(view, peer)
-    }
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
-        (**self).driver()
-    }
+macro_rules! forward {
+    ($pointer:ident) => {
+        impl<T: Backend + ?Sized> Backend for $pointer<T> {
+            fn kind(&self) -> BackendKind {
+                (**self).kind()
+            }
+            fn capabilities(&self) -> Capabilities {
+                (**self).capabilities()
+            }
+            fn devices(&self, families: &[Family]) -> Vec<DeviceName> {
+                (**self).devices(families)
+            }
+            fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError> {
+                (**self).pod_mtu(underlay, families)
+            }
+            fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError> {
+                (**self).offer(cx)
+            }
+            fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
+                (**self).claims(endpoint)
+            }
+            fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
+                (**self).node(view, family)
+            }
+            fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
+                (**self).peer(view, peer)
+            }
+            fn driver(&self) -> Option<Arc<dyn Driver>> {
+                (**self).driver()
+            }
+        }
+    };
 }
-
-impl<T: Backend + ?Sized> Backend for Box<T> {
-    fn kind(&self) -> BackendKind {
-        (**self).kind()
-    }
-    fn capabilities(&self) -> Capabilities {
-        (**self).capabilities()
-    }
-    fn devices(&self, families: &[Family]) -> Vec<DeviceName> {
-        (**self).devices(families)
-    }
-    fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError> {
-        (**self).pod_mtu(underlay, families)
-    }
-    fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError> {
-        (**self).offer(cx)
-    }
-    fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
-        (**self).claims(endpoint)
-    }
-    fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
-        (**self).node(view, family)
-    }
-    fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
-        (**self).peer(view, peer)
-    }
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
-        (**self).driver()
-    }
-}
+forward!(Arc);
+forward!(Box);

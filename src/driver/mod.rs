@@ -117,34 +117,24 @@ pub trait Driver: Debug + Send + Sync + 'static {
     async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError>;
 }
 
-#[async_trait]
-impl<T: Driver + ?Sized> Driver for Arc<T> {
-    fn domain(&self) -> Domain {
-        (**self).domain()
-    }
-    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
-        (**self).observe(scope).await
-    }
-    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
-        (**self).apply(units).await
-    }
-    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
-        (**self).changes(scope).await
-    }
+macro_rules! forward {
+    ($pointer:ident) => {
+        #[async_trait]
+        impl<T: Driver + ?Sized> Driver for $pointer<T> {
+            fn domain(&self) -> Domain {
+                (**self).domain()
+            }
+            async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+                (**self).observe(scope).await
+            }
+            async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+                (**self).apply(units).await
+            }
+            async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
+                (**self).changes(scope).await
+            }
+        }
+    };
 }
-
-#[async_trait]
-impl<T: Driver + ?Sized> Driver for Box<T> {
-    fn domain(&self) -> Domain {
-        (**self).domain()
-    }
-    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
-        (**self).observe(scope).await
-    }
-    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
-        (**self).apply(units).await
-    }
-    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
-        (**self).changes(scope).await
-    }
-}
+forward!(Arc);
+forward!(Box);
