@@ -74,6 +74,7 @@ pub mod config;
 pub mod driver;
 mod engine;
 mod error;
+pub mod flannel;
 pub mod lease;
 pub mod masquerade;
 mod node;
