@@ -281,8 +281,10 @@ mod tests {
         for data in ["", "1,\"PublicIP\":\"6.6.6.6\"", "{", "{\"a\": 1}", " 1"] {
             assert!(encode(&offer(data)).is_err(), "{data}");
         }
-        let nowhere =
-            Offer { endpoints: Stack::V4(Endpoint { public_ip: [0; 4].into(), data: BackendData::none() }), ..offer("1") };
+        let nowhere = Offer {
+            endpoints: Stack::V4(Endpoint { public_ip: [0; 4].into(), data: BackendData::none() }),
+            ..offer("1")
+        };
         assert_eq!(problems(encode(&nowhere)), ["PublicIP is 0.0.0.0; allowed: an address"]);
     }
 
