@@ -12,11 +12,12 @@ mod watch;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
@@ -121,9 +122,11 @@ enum Publishing {
 
 struct Inner {
     path: PathBuf,
-    state: Mutex<State>,
+    /// Held by the one thread that works with the file. Others wait without a thread: should a network file system never
+    /// answer, it holds up one of the runtime's threads and no more.
+    state: Arc<Mutex<State>>,
     /// Whose turn it is to ask for the lock of the file: within a process, first come, first served.
-    turn: tokio::sync::Mutex<()>,
+    turn: Mutex<()>,
 }
 
 impl FileSubnets {
@@ -147,8 +150,7 @@ impl FileSubnets {
     }
 
     fn new(path: PathBuf, publishing: Publishing) -> Self {
-        let turn = tokio::sync::Mutex::new(());
-        FileSubnets { inner: Arc::new(Inner { path, state: Mutex::default(), turn }), publishing }
+        FileSubnets { inner: Arc::new(Inner { path, state: Arc::default(), turn: Mutex::new(()) }), publishing }
     }
 
     /// Writes a node's offers into the file, unless they are there, and says the lease that is in it then. `None`: the
@@ -214,11 +216,9 @@ impl Inner {
         attempted: &str,
         work: impl FnOnce(&Path, &mut State) -> Result<T, SubnetError> + Send + 'static,
     ) -> Result<T, SubnetError> {
+        let mut state = Arc::clone(&self.state).lock_owned().await;
         let inner = Arc::clone(self);
-        let done = tokio::task::spawn_blocking(move || {
-            // A panic of another holder does not spread: what the state says was read from the file.
-            work(&inner.path, &mut inner.state.lock().unwrap_or_else(PoisonError::into_inner))
-        });
+        let done = tokio::task::spawn_blocking(move || work(&inner.path, &mut state));
         done.await.unwrap_or_else(|error| {
             let attempted = format!("{attempted} {}", self.path.display());
             Err(SubnetError::Unavailable { attempted, reason: error.to_string() })

@@ -546,6 +546,22 @@ async fn a_node_hears_of_its_own_lease_but_not_of_what_it_did_itself() {
 }
 
 #[tokio::test]
+async fn two_processes_with_one_name_do_not_overwrite_each_other_as_fast_as_they_can() {
+    let fixture = Fixture::new(&cluster(&[(1, &reached(1)), (2, "")]));
+    let store = FileSubnets::shared(&fixture.path);
+    let mut watch = watching(&store).await;
+    fixture.write(&cluster(&[(1, &reached(2)), (2, "")]));
+    assert_eq!(told(&mut watch).await, "own changed");
+    let first = Instant::now();
+    store.publish(&name(1), &[offer(1)]).await.unwrap();
+    fixture.write(&cluster(&[(1, &reached(2)), (2, &reached(2))]));
+    assert_eq!(told(&mut watch).await, "+2", "others are told at once");
+    tokio::time::pause();
+    assert_eq!(told(&mut watch).await, "own changed");
+    assert!(first.elapsed() > Duration::from_secs(4), "{:?}", first.elapsed());
+}
+
+#[tokio::test]
 async fn what_changed_between_acquiring_and_watching_is_told() {
     let fixture = Fixture::new(&plain(&[1]));
     let store = FileSubnets::shared(&fixture.path);

@@ -21,6 +21,9 @@ use crate::types::NodeName;
 const POLL: Duration = Duration::from_secs(5);
 /// How long a file is broken before it counts as broken: an editor may still be writing.
 const SETTLE: Duration = Duration::from_millis(500);
+/// Between two times that a node is told that somebody else wrote its offers: it writes its own again, and so would
+/// another process that has the same name.
+const QUARREL: Duration = POLL;
 /// Lets a burst of events become one look.
 const BURST: Duration = Duration::from_millis(10);
 
@@ -49,6 +52,7 @@ pub(super) struct Watch {
     /// What our own node takes its lease to be, and the last call that told it so.
     own: Option<Lease>,
     own_call: u64,
+    offers_told: Option<Instant>,
     broken_since: Option<Instant>,
     /// The problem that was told and is not over.
     standing: Option<SubnetError>,
@@ -78,6 +82,7 @@ impl Watch {
             queue: VecDeque::from([Ok(snapshot(&known))]),
             own: known.leases.get(&node).cloned(),
             own_call: 0,
+            offers_told: None,
             inner,
             node,
             notices,
@@ -212,17 +217,25 @@ impl Watch {
 
     fn own_change(&mut self) -> Option<OwnLease> {
         let own = self.own.as_ref()?;
-        match self.known.leases.get(&self.node) {
-            Some(lease) if lease.subnets == own.subnets && lease.offers == own.offers => None,
-            Some(lease) => {
-                self.own = Some(lease.clone());
-                Some(OwnLease::Changed(lease.clone()))
+        let Some(lease) = self.known.leases.get(&self.node) else {
+            self.own = None;
+            return Some(OwnLease::Lost(format!("it is no longer listed in {}", self.inner.path.display())));
+        };
+        if lease.subnets == own.subnets {
+            if lease.offers == own.offers {
+                return None;
             }
-            None => {
-                self.own = None;
-                Some(OwnLease::Lost(format!("it is no longer listed in {}", self.inner.path.display())))
+            let now = Instant::now();
+            if let Some(again) = self.offers_told.map(|told| told + QUARREL)
+                && now < again
+            {
+                self.next_look = self.next_look.min(again);
+                return None;
             }
+            self.offers_told = Some(now);
         }
+        self.own = Some(lease.clone());
+        Some(OwnLease::Changed(lease.clone()))
     }
 }
 
