@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use futures::future::join_all;
+use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
@@ -214,6 +215,47 @@ fn offers_are_exchanged_and_every_other_byte_stays() {
     let with = exchanged(&lines, "[]");
     assert!(with.contains("\"10.42.1.0/24\",\n\t\t\"reached\": []\n\t}"), "{with}");
     assert!(Document::read(&with).is_ok());
+}
+
+proptest! {
+    #[test]
+    fn whatever_the_spacing_only_the_own_entry_changes(
+        nodes in prop::collection::btree_map(0_u8..200, prop::option::of(1_u16..), 1..6),
+        spaces in prop::collection::vec("[ \t\r\n]{0,3}", 1..20),
+        pick in any::<prop::sample::Index>(),
+        ports in prop::collection::vec(1_u16.., 0..3),
+    ) {
+        let entries: Vec<String> = nodes.keys().map(|n| n.to_string()).collect();
+        let owner: u8 = pick.get(&entries).parse().unwrap();
+        let entries: Vec<(u8, String)> =
+            nodes.iter().map(|(n, port)| (*n, port.map(reached).unwrap_or_default())).collect();
+        let entries: Vec<(u8, &str)> = entries.iter().map(|(n, more)| (*n, more.as_str())).collect();
+        let mut spaces = spaces.iter().cycle();
+        let text: String = cluster(&entries)
+            .split_inclusive(['{', '}', '[', ']', ',', ' '])
+            .flat_map(|part| [part, spaces.next().unwrap().as_str()])
+            .collect();
+        let before = Document::read(&text).unwrap();
+        let offers: Vec<Offer> = ports.iter().map(|port| offer(*port)).collect();
+        let new = before.entry(&name(owner)).unwrap().with_reached(&text, &format::offers(&offers).unwrap()).unwrap();
+        let after = Document::read(&new).unwrap();
+        prop_assert_eq!(after.nodes.len(), before.nodes.len());
+        for (before, after) in before.nodes.iter().zip(&after.nodes) {
+            prop_assert_eq!(&before.node, &after.node);
+            prop_assert_eq!(before.subnets, after.subnets);
+            prop_assert_eq!(if before.node == name(owner) { &offers } else { &before.offers }, &after.offers);
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_read_or_refused_with_its_place(at in any::<prop::sample::Index>(), by in "\\PC{0,2}", cut in 0_usize..3) {
+        let text = cluster(&[(1, &reached(1)), (2, "")]);
+        let start = at.index(text.len());
+        let damaged = [&text[..start], &by, &text[(start + cut).min(text.len())..]].concat();
+        if let Err(reason) = Document::read(&damaged) {
+            prop_assert!(reason.contains("line ") && reason.contains("column "), "{}\n{}", reason, damaged);
+        }
+    }
 }
 
 // The calls.
