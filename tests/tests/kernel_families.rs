@@ -30,6 +30,10 @@ async fn dual_host(name: &str) -> Host {
     host.add_route(&wide_link()).await.expect("a wider link");
     let gateway = "2001:db8:240::1".parse().unwrap();
     host.add_route(&Route::via("::/0".parse().unwrap(), gateway, UNDERLAY_INTERFACE)).await.expect("a default route");
+    // The kernel brings what belongs to an IPv6 address a moment later.
+    let eye = Eye::on(host.netns());
+    eye.until_has(&["route 2001:db8:240::103/128", "table 255 Local"]);
+    eye.until_has(&["route 2001:db8:240::/128", "table 255 Anycast"]);
     host
 }
 
@@ -82,6 +86,7 @@ async fn vxlan(host: &Host, peers: u16) -> (MemorySubnets, Running) {
     let subnets = store("vxlan", peers);
     let running = spawn(builder(host, &subnets, Vxlan::new())).await;
     running.until(connected(usize::from(peers))).await;
+    Eye::on(host.netns()).until_has(&["route 2001:db8:40ff:ffff::/128", "table 255 Local"]);
     (subnets, running)
 }
 
