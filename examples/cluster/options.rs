@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::{Parser, ValueEnum};
-use podnet_lab::Underlay;
+use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
 const AFTER: &str = "\
@@ -22,6 +22,10 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t = UnderlayOption::Gcp)]
     pub(crate) underlay: UnderlayOption,
 
+    /// Which IP the cluster speaks
+    #[arg(long, value_enum, default_value_t = StackOption::V4)]
+    pub(crate) stack: StackOption,
+
     /// Stay up until Ctrl-C, and say how to enter each namespace
     #[arg(long)]
     pub(crate) keep: bool,
@@ -38,7 +42,7 @@ pub(crate) struct Options {
 /// `--underlay`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum UnderlayOption {
-    /// As on Google's cloud: MTU 1460, each node a /32 behind a gateway
+    /// As on Google's cloud: MTU 1460, each node a /32 (IPv6: /128) behind a gateway
     Gcp,
     /// One Ethernet, MTU 1500
     Lan,
@@ -49,6 +53,27 @@ impl From<UnderlayOption> for Underlay {
         match option {
             UnderlayOption::Gcp => Underlay::Gcp,
             UnderlayOption::Lan => Underlay::Lan,
+        }
+    }
+}
+
+/// `--stack`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StackOption {
+    /// IPv4 alone
+    V4,
+    /// IPv6 alone
+    V6,
+    /// Both
+    Dual,
+}
+
+impl From<StackOption> for Families {
+    fn from(option: StackOption) -> Self {
+        match option {
+            StackOption::V4 => Stack::V4(()),
+            StackOption::V6 => Stack::V6(()),
+            StackOption::Dual => Stack::Dual((), ()),
         }
     }
 }

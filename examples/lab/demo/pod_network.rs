@@ -7,10 +7,9 @@ use podnet::driver::NetworkNamespace;
 use podnet::status::Report;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::{Overlay, Shutdown};
-use podnet_vxlan::Vxlan;
 use tokio::task::JoinHandle;
 
-use super::{DemoError, SERVICE_NETWORK};
+use super::{DemoBackend, DemoError, service_network};
 use crate::{LabError, Node};
 
 /// How long an overlay may take to become ready. Seen: some 10 ms.
@@ -28,25 +27,22 @@ pub struct PodNetwork {
 
 impl PodNetwork {
     /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
-    pub async fn start(node: &Node, subnets: &MemorySubnets) -> Result<Self, DemoError> {
+    pub async fn start(node: &Node, subnets: &MemorySubnets, backend: DemoBackend) -> Result<Self, DemoError> {
         let namespace = node
             .netns()
             .fd()
             .try_clone_to_owned()
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
-        let service_network =
-            SERVICE_NETWORK.parse().map_err(|e| LabError::Invalid(format!("{SERVICE_NETWORK}: {e}")))?;
-
-        let (overlay, runner) = podnet::Node::builder(node.name(), subnets.clone())
-            .backend(Vxlan::new())
-            .reserve(service_network, "the service network")
-            .network_namespace(NetworkNamespace::File(Arc::new(namespace)))
-            .build()
-            .map_err(fails)?
-            .start()
-            .await
-            .map_err(fails)?;
+        let mut builder = backend
+            .on(podnet::Node::builder(node.name(), subnets.clone()))
+            .network_namespace(NetworkNamespace::File(Arc::new(namespace)));
+        for family in node.addresses().families() {
+            let network = service_network(family);
+            let parsed = network.parse().map_err(|e| LabError::Invalid(format!("{network}: {e}")))?;
+            builder = builder.reserve(parsed, "the service network");
+        }
+        let (overlay, runner) = builder.build().map_err(fails)?.start().await.map_err(fails)?;
         Ok(Self { node: node.name().to_owned(), overlay, runner: tokio::spawn(runner) })
     }
 

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use podnet::types::Family;
 use serde_json::json;
 
 use super::needs_two_nodes;
@@ -14,7 +15,7 @@ use crate::probe::{Capture, PingOptions, PingReport, ping};
 /// More than any pod MTU here, and what an image with an MTU of its own would have.
 const RAISED: u32 = 1500;
 
-pub(super) async fn largest(cluster: &Cluster) -> Result<Seen, DemoError> {
+pub(super) async fn largest(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
         return needs_two_nodes();
     };
@@ -24,8 +25,9 @@ pub(super) async fn largest(cluster: &Cluster) -> Result<Seen, DemoError> {
 
     node.raise_pod_mtu(pod, RAISED).await?;
     let tried = async {
-        let fits = whole(pod.netns(), peer.ip(), mtu).await?;
-        let too_long = whole(pod.netns(), peer.ip(), mtu + 1).await?;
+        let to = peer.ip_in(family)?;
+        let fits = whole(pod.netns(), to, mtu).await?;
+        let too_long = whole(pod.netns(), to, mtu + 1).await?;
         Ok::<_, LabError>((fits, too_long))
     };
     let tried = tried.await;
@@ -34,7 +36,7 @@ pub(super) async fn largest(cluster: &Cluster) -> Result<Seen, DemoError> {
 
     let fragments = capture.report().fragments;
     let named = too_long.too_big.map(|answer| answer.mtu);
-    let holds = fits.all_answered() && too_long.received == 0 && named == u16::try_from(mtu).ok() && fragments == 0;
+    let holds = fits.all_answered() && too_long.received == 0 && named == Some(mtu) && fragments == 0;
     let text = format!(
         "{mtu} bytes {}, {} {}; {fragments} fragments on the underlay",
         if fits.all_answered() { "pass" } else { "do not pass" },
