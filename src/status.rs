@@ -40,25 +40,39 @@ pub struct Status {
     pub more_conflicts: usize,
     /// What of others may undo what podnet does (a chain that drops forwarded packets). It does not make the node unready.
     pub warnings: Vec<Conflict>,
+    /// Each family of this node's lease by itself: one that does not work leaves the other alone.
+    pub families: Vec<FamilyStatus>,
     /// Counters since the start.
     pub counters: Counters,
 }
 
 impl Status {
-    /// Whether pods can talk: the lease is held and published, the leases of all peers are known, and the kernel holds
-    /// what it should for this node. Peers in trouble do not count against it.
+    /// Whether pods can talk in every family: the lease is held and published, the leases of all peers are known, and the
+    /// kernel holds what it should for this node. Peers in trouble do not count against it.
     pub fn is_ready(&self) -> bool {
         self.phase == Phase::Running
             && self.conditions.iter().all(|c| c.state != ConditionState::Failed)
             && ConditionKind::ALL.iter().all(|kind| self.condition(*kind).state == ConditionState::Met)
+            && self.families.iter().all(|f| f.state == ConditionState::Met)
+    }
+
+    /// Whether pods can talk in one family, whatever the other does.
+    pub fn is_ready_in(&self, family: Family) -> bool {
+        let common = [ConditionKind::Lease, ConditionKind::Underlay, ConditionKind::Peers];
+        self.phase == Phase::Running
+            && common.iter().all(|kind| self.condition(*kind).state == ConditionState::Met)
+            && self.families.iter().any(|f| f.family == family && f.state == ConditionState::Met)
     }
 
     /// One line for a log: ready or the first reason why not, and the peers.
     pub fn summary(&self) -> String {
-        let not_met = self.conditions.iter().find(|c| c.state != ConditionState::Met);
+        let condition = self.conditions.iter().find(|c| c.state != ConditionState::Met);
+        let family = || self.families.iter().find(|f| f.state != ConditionState::Met);
+        let not_met = condition.map(|c| format!("{:?}: {}", c.kind, c.message));
+        let not_met = not_met.or_else(|| family().map(|f| format!("{}: {}", f.family, f.message)));
         let state = match (self.phase, not_met) {
             (Phase::Stopped, _) => "stopped".to_owned(),
-            (_, Some(c)) => format!("not ready: {:?}: {}", c.kind, c.message),
+            (_, Some(why)) => format!("not ready: {why}"),
             (Phase::Starting, None) => "starting".to_owned(),
             (Phase::Running, None) => "ready".to_owned(),
         };
@@ -85,6 +99,10 @@ impl fmt::Display for Status {
         }
         for c in &self.conditions {
             writeln!(f, "  {:?} {:?}: {}", c.kind, c.state, c.message)?;
+        }
+        // Of one family, the conditions say the same.
+        for family in self.families.iter().filter(|_| self.families.len() > 1) {
+            writeln!(f, "  {} {:?}: {}", family.family, family.state, family.message)?;
         }
         for peer in &self.troubled {
             for state in &peer.families {
@@ -123,6 +141,17 @@ pub struct Condition {
     /// Which.
     pub kind: ConditionKind,
     /// Whether it is so.
+    pub state: ConditionState,
+    /// Why, in a sentence.
+    pub message: String,
+}
+
+/// How one family of this node is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FamilyStatus {
+    /// The family.
+    pub family: Family,
+    /// Whether it works on this node and peers know so.
     pub state: ConditionState,
     /// Why, in a sentence.
     pub message: String,
