@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser as _;
-use podnet_lab::demo::{Cluster, DemoSpec, Outcome, Stage, breakage, proofs, restart};
+use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Outcome, Stage, breakage, proofs, restart};
 use podnet_lab::{Families, LabError, Privilege, Underlay, enter_user_namespace_if_needed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -45,10 +45,12 @@ fn main() -> ExitCode {
 
 async fn show(options: &Options, privilege: Privilege) -> ExitCode {
     let start = Instant::now();
+    let backend = DemoBackend::from(options.backend);
     let spec = DemoSpec {
         nodes: options.nodes.into(),
-        underlay: Underlay::from(options.underlay),
+        underlay: options.underlay.map_or(backend.usual_underlay(), Underlay::from),
         families: Families::from(options.stack),
+        backend,
         ..DemoSpec::default()
     };
     let screen = Screen::new(options.json, options.verbose > 0, spec.families);

@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Parser, ValueEnum};
+use podnet_lab::demo::DemoBackend;
 use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
@@ -18,13 +19,17 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=10))]
     pub(crate) nodes: u8,
 
-    /// What connects the nodes
-    #[arg(long, value_enum, default_value_t = UnderlayOption::Gcp)]
-    pub(crate) underlay: UnderlayOption,
+    /// What connects the nodes [default: gcp; with host-gw lan]
+    #[arg(long, value_enum)]
+    pub(crate) underlay: Option<UnderlayOption>,
 
     /// Which IP the cluster speaks
     #[arg(long, value_enum, default_value_t = StackOption::V4)]
     pub(crate) stack: StackOption,
+
+    /// What connects the pods
+    #[arg(long, value_enum, default_value_t = BackendOption::Vxlan)]
+    pub(crate) backend: BackendOption,
 
     /// Stay up until Ctrl-C, and say how to enter each namespace
     #[arg(long)]
@@ -53,6 +58,27 @@ impl From<UnderlayOption> for Underlay {
         match option {
             UnderlayOption::Gcp => Underlay::Gcp,
             UnderlayOption::Lan => Underlay::Lan,
+        }
+    }
+}
+
+/// `--backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendOption {
+    /// flannel's VXLAN
+    Vxlan,
+    /// The same, with plain routes between nodes of one Ethernet
+    VxlanDirect,
+    /// Plain routes alone: for nodes of one Ethernet
+    HostGw,
+}
+
+impl From<BackendOption> for DemoBackend {
+    fn from(option: BackendOption) -> Self {
+        match option {
+            BackendOption::Vxlan => DemoBackend::Vxlan,
+            BackendOption::VxlanDirect => DemoBackend::VxlanDirect,
+            BackendOption::HostGw => DemoBackend::HostGw,
         }
     }
 }

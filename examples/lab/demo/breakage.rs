@@ -5,17 +5,24 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
+use podnet::driver::netlink;
 use podnet::types::Family;
 use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
-use super::proofs::{needs_two_nodes, reaches, seen_outside};
-use super::{Cluster, DemoError, Part, Seen, Stage, masquerade_table};
-use crate::{Host, LabError, Node, services};
+use super::proofs::{reaches, seen_outside};
+use super::{Cluster, Crossing, DemoError, Part, Seen, Stage, masquerade_table};
+use crate::cluster::UNDERLAY_INTERFACE;
+use crate::families::is_link_local;
+use crate::{Host, LabError, Node, Route, services};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
 const DEADLINE: Duration = Duration::from_secs(5);
+
+/// RTPROT_KERNEL: what the kernel makes with an address.
+const PROTOCOL_KERNEL: u8 = 2;
 
 /// How often the kernel is looked at: what is printed is exact to about that.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -28,18 +35,73 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
         stage.show(part, &named("a route deleted"), route(cluster, family)).await;
         if let Some(device) = cluster.spec().backend.device(family) {
             let on = Overlay { cluster, family, device };
-            stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
-            stage.show(part, &named("an FDB entry deleted"), on.fdb_entry()).await;
+            if cluster.crossing() == Crossing::Vxlan {
+                stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
+                stage.show(part, &named("an FDB entry deleted"), on.fdb_entry()).await;
+            }
             stage.show(part, &format!("{device} set down and up"), on.down_and_up()).await;
             stage.show(part, &format!("{device} deleted"), on.deleted()).await;
         }
         stage.show(part, &named("the masquerade table deleted"), table(cluster, family)).await;
     }
+    if cluster.crossing() == Crossing::Plain {
+        stage.show(part, &format!("{UNDERLAY_INTERFACE} set down and up"), underlay(cluster)).await;
+    }
+}
+
+/// The routes are on the underlay's own device: the kernel takes them when it goes down.
+async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
+    if cluster.other().is_none() {
+        return cluster.cannot();
+    }
+    let host = cluster.first().host();
+    let configuration = HostConfiguration::of(host).await?;
+    let shake = async {
+        host.set_down(UNDERLAY_INTERFACE).await?;
+        host.set_up(UNDERLAY_INTERFACE).await?;
+        configuration.restore(host).await
+    };
+    let took = repair(cluster, shake, || NodeState::of(host)).await?;
+    repaired(cluster, cluster.spec().families.families(), took, "its peers' routes, once it had its addresses").await
+}
+
+/// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
+struct HostConfiguration {
+    addresses: Vec<IpNetwork>,
+    routes: Vec<Route>,
+}
+
+impl HostConfiguration {
+    async fn of(host: &Host) -> Result<Self, LabError> {
+        let addresses = host.addresses(UNDERLAY_INTERFACE).await?.into_iter();
+        let mut routes = Vec::new();
+        for family in Family::BOTH {
+            let all = host.routes_in(family).await?.into_iter();
+            let configured = |protocol| protocol != netlink::PROTOCOL && protocol != PROTOCOL_KERNEL;
+            routes.extend(all.filter(|route| route.device == UNDERLAY_INTERFACE && configured(route.protocol)));
+        }
+        // The way to the gateway before what goes through it.
+        routes.sort_by_key(|route| route.gateway.is_some());
+        Ok(Self { addresses: addresses.filter(|address| !is_link_local(address.ip())).collect(), routes })
+    }
+
+    async fn restore(&self, host: &Host) -> Result<(), LabError> {
+        host.wait_ready(UNDERLAY_INTERFACE, DEADLINE).await?;
+        // The kernel keeps IPv4 addresses over a down, and no IPv6 address.
+        let there = host.addresses(UNDERLAY_INTERFACE).await?;
+        for address in self.addresses.iter().filter(|address| !there.contains(address)) {
+            host.add_address(UNDERLAY_INTERFACE, *address).await?;
+        }
+        for route in &self.routes {
+            host.replace_route(route).await?;
+        }
+        Ok(())
+    }
 }
 
 async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let host = cluster.first().host();
     let subnet = cluster.lab().spec().subnet(other.index(), family)?;
@@ -49,7 +111,7 @@ async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     };
     let gateway = victim.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
     let took = repair(cluster, host.delete_route(&victim), || node_state::routes(host)).await?;
-    repaired(cluster, family, took, &format!("{subnet}{gateway}")).await
+    repaired(cluster, [family], took, &format!("{subnet}{gateway}")).await
 }
 
 async fn table(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
@@ -60,7 +122,7 @@ async fn table(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     if seen.iter().any(|seen| *seen != address) {
         return Ok(Seen::new(false, format!("the table is back, but the outside sees {seen:?}")));
     }
-    repaired(cluster, family, took, "and the outside sees the node as before").await
+    repaired(cluster, [family], took, "and the outside sees the node as before").await
 }
 
 /// The overlay's device of one family, on the first node.
@@ -76,12 +138,12 @@ impl Overlay<'_> {
     }
 
     async fn repaired(&self, took: Duration, what: &str) -> Result<Seen, DemoError> {
-        repaired(self.cluster, self.family, took, what).await
+        repaired(self.cluster, [self.family], took, what).await
     }
 
     async fn neighbour(&self) -> Result<Seen, DemoError> {
         let Some(other) = self.cluster.other() else {
-            return needs_two_nodes();
+            return self.cluster.cannot();
         };
         let (host, device) = (self.host(), self.device);
         let vtep = self.cluster.lab().spec().subnet(other.index(), self.family)?.network();
@@ -92,7 +154,7 @@ impl Overlay<'_> {
 
     async fn fdb_entry(&self) -> Result<Seen, DemoError> {
         let Some(other) = self.cluster.other() else {
-            return needs_two_nodes();
+            return self.cluster.cannot();
         };
         let (host, device, address) = (self.host(), self.device, other.ip_in(self.family)?);
         let entries = host.fdb(device).await?;
@@ -111,7 +173,11 @@ impl Overlay<'_> {
             host.set_up(device).await
         };
         let took = repair(self.cluster, shake, || NodeState::of(host)).await?;
-        self.repaired(took, "its address, neighbours, routes").await
+        let with_it = match self.cluster.crossing() {
+            Crossing::Vxlan => "its address, neighbours, routes",
+            Crossing::Plain | Crossing::Nowhere => "its address",
+        };
+        self.repaired(took, with_it).await
     }
 
     async fn deleted(&self) -> Result<Seen, DemoError> {
@@ -176,12 +242,19 @@ where
 }
 
 /// The kernel holds it again; it must work too.
-async fn repaired(cluster: &Cluster, family: Family, took: Duration, what: &str) -> Result<Seen, DemoError> {
+async fn repaired(
+    cluster: &Cluster,
+    families: impl IntoIterator<Item = Family>,
+    took: Duration,
+    what: &str,
+) -> Result<Seen, DemoError> {
     let node: &Node = cluster.first();
-    let works = match cluster.other() {
-        Some(other) => reaches(node.pods()[0].netns(), other.pods()[0].ip_in(family)?).await?,
-        None => true,
-    };
+    let mut works = true;
+    if let Some(other) = cluster.other() {
+        for family in families {
+            works &= reaches(node.pods()[0].netns(), other.pods()[0].ip_in(family)?).await?;
+        }
+    }
     let took_ms = milliseconds(took);
     let text = format!("{took_ms:>6.1} ms  {what}{}", if works { "" } else { ", but pods do not reach each other" });
     Ok(Seen::new(works, text).figures(json!({ "repaired_ms": took_ms })))

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::node_state::NodeState;
 use super::pod_network::PodNetwork;
 use super::proofs::ECHO_PORT;
-use super::{DemoBackend, DemoError, Part, Seen, Stage};
+use super::{Crossing, DemoBackend, DemoError, Part, Seen, Stage};
 use crate::cluster::{DOCKER_BRIDGE, gateway, outside, underlay_network};
 use crate::host::LinkState;
 use crate::probe::{DnsServer, EchoServer};
@@ -37,6 +37,13 @@ pub struct DemoSpec {
     pub throughput: Duration,
     /// How long traffic runs before the restart, and again after it.
     pub restart_margin: Duration,
+}
+
+impl DemoSpec {
+    /// How packets get from node to node.
+    pub fn crossing(&self) -> Crossing {
+        self.backend.crossing(self.underlay)
+    }
 }
 
 impl Default for DemoSpec {
@@ -102,9 +109,20 @@ impl Cluster {
         &self.lab.nodes()[0]
     }
 
-    /// The last node, to which things are tried; `None` in a cluster of one.
+    /// The last node, to which things are tried; `None` in a cluster of one, and where no node reaches another: [`Cluster::cannot`] says which.
     pub(crate) fn other(&self) -> Option<&Node> {
-        self.lab.nodes().get(1..)?.last()
+        self.lab.nodes().get(1..)?.last().filter(|_| self.crossing() != Crossing::Nowhere)
+    }
+
+    /// What is said where a proof needs another node that is reached.
+    pub(crate) fn cannot(&self) -> Result<Seen, DemoError> {
+        let alone = self.lab.nodes().len() == 1;
+        Ok(Seen::skipped(if alone { "needs two nodes" } else { "needs nodes that reach each other" }))
+    }
+
+    /// How packets get from node to node.
+    pub(crate) fn crossing(&self) -> Crossing {
+        self.spec.crossing()
     }
 
     pub(crate) fn networks(&self) -> &[PodNetwork] {
@@ -152,7 +170,7 @@ impl Cluster {
         let peers = self.lab.nodes().len() - 1;
         self.networks.remove(node).stop(Shutdown::Keep).await?;
         let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec.backend).await?;
-        let ready = network.wait_ready(peers).await;
+        let ready = network.wait_ready(peers, self.crossing() != Crossing::Nowhere).await;
         self.networks.insert(node, network);
         ready.map(drop)
     }
@@ -219,7 +237,8 @@ async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> 
 /// One store for the cluster, a subnet of each family assigned to each node as Kubernetes assigns podCIDRs, and podnet on every node.
 async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<PodNetwork>), Seen), DemoError> {
     let invalid = |what: String| DemoError::Lab(LabError::Invalid(what));
-    let config = NetworkConfig::new(lab.spec().networks).map_err(|error| invalid(error.to_string()))?;
+    let config = NetworkConfig::new(lab.spec().networks).and_then(|config| config.with_backend(spec.backend.section()));
+    let config = config.map_err(|error| invalid(error.to_string()))?;
     let subnets = MemorySubnets::assigned(config);
     for node in lab.nodes() {
         let name = node.name().parse().map_err(|error| invalid(format!("{error}")))?;
@@ -228,8 +247,8 @@ async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<
 
     let start = std::time::Instant::now();
     let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets, spec.backend))).await?;
-    let peers = lab.nodes().len() - 1;
-    try_join_all(networks.iter().map(|network| network.wait_ready(peers))).await?;
+    let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
+    try_join_all(networks.iter().map(|network| network.wait_ready(peers, reachable))).await?;
     let ready_ms = milliseconds(start.elapsed());
     let mut ranges = Vec::new();
     for family in lab.spec().families() {
@@ -237,10 +256,11 @@ async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<
         ranges.push(format!("network {network}, a /{} each", subnet.prefix()));
     }
     let text = format!(
-        "{} ready after {ready_ms:.0} ms; {}, MTU {}",
+        "{} ready after {ready_ms:.0} ms; {}, MTU {}{}",
         all(lab),
         ranges.join("; "),
-        pod_mtu(lab.spec(), spec.backend)
+        pod_mtu(lab.spec(), spec.backend),
+        if reachable { "" } else { "; no peer is reachable" }
     );
     Ok(((subnets, networks), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }

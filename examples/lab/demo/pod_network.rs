@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podnet::driver::NetworkNamespace;
-use podnet::status::Report;
+use podnet::status::{PeerCounts, Report};
 use podnet::subnet::memory::MemorySubnets;
 use podnet::{Overlay, Shutdown};
 use tokio::task::JoinHandle;
@@ -56,11 +56,13 @@ impl PodNetwork {
         DemoError::Podnet { node: self.node.clone(), source }
     }
 
-    /// Waits until podnet says that this node is ready and that it has connected `peers` others; returns how long that took.
-    pub async fn wait_ready(&self, peers: usize) -> Result<Duration, DemoError> {
+    /// Waits until podnet says that this node is ready and that all of `peers` others are connected, or all of them unreachable; returns how long that
+    /// took.
+    pub async fn wait_ready(&self, peers: usize, reachable: bool) -> Result<Duration, DemoError> {
         let start = Instant::now();
         let mut status = self.overlay.status();
-        let ready = status.wait_for(|status| status.is_ready() && status.peers.connected == peers);
+        let counted = |counts: PeerCounts| if reachable { counts.connected } else { counts.unreachable };
+        let ready = status.wait_for(|status| status.is_ready() && counted(status.peers) == peers);
         match tokio::time::timeout(READY, ready).await {
             Ok(Ok(_)) => return Ok(start.elapsed()),
             Ok(Err(_)) => {

@@ -9,7 +9,6 @@ use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::NodeState;
-use super::proofs::needs_two_nodes;
 use super::{Cluster, DemoError, Part, Seen, Stage};
 use crate::probe::{PingOptions, PingReport, PingStream, SteadyStream};
 
@@ -26,7 +25,7 @@ pub async fn all(cluster: &mut Cluster, stage: &mut Stage<'_>) {
 
 async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (near, far) = (cluster.first().pods().to_vec(), other.pods().to_vec());
     let host = cluster.first().host().clone();

@@ -6,7 +6,7 @@ use podnet::types::Family;
 use serde_json::json;
 
 use crate::demo::cluster::at;
-use crate::demo::{Cluster, DemoError, Seen};
+use crate::demo::{Cluster, Crossing, DemoError, Seen};
 use crate::probe::dns::{KUBERNETES, kubernetes_service};
 use crate::probe::{Transport, dns_query};
 use crate::services::dns_service;
@@ -14,6 +14,10 @@ use crate::services::dns_service;
 const ANSWER: Duration = Duration::from_secs(5);
 
 pub(super) async fn resolves(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
+    // The DNS is a pod of the last node.
+    if cluster.crossing() == Crossing::Nowhere {
+        return cluster.cannot();
+    }
     let pod = &cluster.first().pods()[0];
     let (service, expected) = (dns_service(family), kubernetes_service(family));
     let server = at(service, 53);

@@ -6,7 +6,6 @@ use std::time::Duration;
 use podnet::types::Family;
 use serde_json::json;
 
-use super::needs_two_nodes;
 use crate::cluster::outside;
 use crate::demo::cluster::at;
 use crate::demo::{Cluster, DemoError, Seen};
@@ -47,7 +46,7 @@ pub(super) async fn to_outside(cluster: &Cluster, family: Family) -> Result<Seen
 
 pub(super) async fn between_pods(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (pod, to) = (&cluster.first().pods()[0], &other.pods()[0]);
     let (from, at_pod) = (pod.ip_in(family)?, to.ip_in(family)?);

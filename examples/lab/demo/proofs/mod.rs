@@ -12,7 +12,7 @@ mod wire;
 
 use std::net::IpAddr;
 
-use super::{Cluster, DemoError, Part, Seen, Stage};
+use super::{Cluster, Crossing, Part, Stage};
 use crate::probe::{PingOptions, ping};
 use crate::services::dns_service;
 use crate::{LabError, Netns};
@@ -25,8 +25,17 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let families = || cluster.spec().families.families();
     let named = |claim: &str, family| cluster.named(claim, family);
     for family in families() {
-        let claim = named("every pod reaches every pod", family);
-        stage.show(part, &claim, reach::every_pod(cluster, family)).await;
+        match cluster.crossing() {
+            Crossing::Vxlan | Crossing::Plain => {
+                let claim = named("every pod reaches every pod", family);
+                stage.show(part, &claim, reach::every_pod(cluster, family)).await;
+            }
+            Crossing::Nowhere => {
+                let claim = named("no pod reaches another node's", family);
+                stage.show(part, &claim, reach::own_node_alone(cluster, family)).await;
+                stage.show(part, &named("podnet says why", family), reach::reasons(cluster, family)).await;
+            }
+        }
     }
     stage.show(part, &format!("node {node}: interfaces"), node_view::interfaces(cluster)).await;
     for family in families() {
@@ -46,11 +55,6 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
         let claim = format!("DNS through {}", dns_service(family));
         stage.show(part, &claim, dns::resolves(cluster, family)).await;
     }
-}
-
-/// What is said where a proof needs two nodes and there is one.
-pub(crate) fn needs_two_nodes() -> Result<Seen, DemoError> {
-    Ok(Seen::skipped("needs two nodes"))
 }
 
 /// Whether a pod on the first node is answered by one on the last.

@@ -40,9 +40,10 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
         on_bridge.push(format!("{}/{}", nth(subnet, 1), subnet.prefix()));
         if let Some(device) = backend.device(family) {
             expected.insert(format!(
-                "{device}  {}/{whole}  mtu {} up  vxlan id 1 local {address} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning",
+                "{device}  {}/{whole}  mtu {} up  {}",
                 subnet.network(),
                 cluster.mtu_of(family),
+                backend.made_with(address),
             ));
         }
     }
@@ -91,7 +92,7 @@ pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError
     }
     for peer in cluster.lab().nodes().iter().filter(|peer| peer.index() != node.index()) {
         let subnet = spec.subnet(peer.index(), family)?;
-        expected.insert(backend.route(spec.underlay, subnet, peer)?.to_string());
+        expected.extend(backend.route(spec.underlay, subnet, peer)?.map(|route| route.to_string()));
     }
 
     let routes = node.host().routes_in(family).await?;

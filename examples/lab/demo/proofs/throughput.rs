@@ -5,7 +5,6 @@
 use podnet::types::Family;
 use serde_json::json;
 
-use super::needs_two_nodes;
 use crate::demo::{Cluster, DemoError, Seen};
 use crate::probe::tcp_throughput;
 
@@ -14,7 +13,7 @@ const ROUNDS: u32 = 4;
 
 pub(super) async fn tcp(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (node, duration) = (cluster.first(), cluster.spec().throughput);
     let (pod, neighbour, far) = (&node.pods()[0], &node.pods()[1], &other.pods()[0]);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use podnet::types::Family;
 use serde_json::json;
 
-use super::{needs_two_nodes, reaches};
+use super::reaches;
 use crate::cluster::UNDERLAY_INTERFACE;
 use crate::demo::backend::vxlan_overhead;
 use crate::demo::node_state::mac;
@@ -21,24 +21,26 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// What is to be seen.
 pub(super) fn claim(cluster: &Cluster) -> &'static str {
-    match cluster.spec().backend.crossing(cluster.spec().underlay) {
+    match cluster.crossing() {
         Crossing::Vxlan => "on the wire it is VXLAN",
-        Crossing::Plain => "on the wire it is the pod's own",
+        Crossing::Plain => "on the wire it is as sent",
+        Crossing::Nowhere => "on the wire",
     }
 }
 
 pub(super) async fn crossing(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let node = cluster.first();
     let (pod, peer) = (&node.pods()[0], &other.pods()[0]);
     let way = Way { node, other, from: pod.ip_in(family)?, to: peer.ip_in(family)?, family };
     let capture = Capture::start(cluster.lab().fabric(), &cluster.lab().fabric_port(node.index())).await?;
     let answered = reaches(pod.netns(), way.to).await?;
-    let seen = match cluster.spec().backend.crossing(cluster.spec().underlay) {
+    let seen = match cluster.crossing() {
         Crossing::Vxlan => way.in_vxlan(cluster, &capture).await?,
         Crossing::Plain => way.plain(&capture).await?,
+        Crossing::Nowhere => return cluster.cannot(),
     };
     Ok(if answered { seen } else { Seen::new(false, format!("{} does not answer", way.to)) })
 }
