@@ -1,4 +1,4 @@
-//! What the demo shows a newcomer, asserted: every proof, repair and restart of `make demo`, on both underlays and in every stack.
+//! What the demo shows a newcomer, asserted: every proof, repair and restart of `make demo`, with every backend, in every stack and on both underlays.
 //!
 //! They need the right to make network namespaces: run them as root, or `unshare -Urn cargo test -p podnet-tests`.
 
@@ -6,7 +6,9 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use podnet_lab::demo::proofs::{self, node_view, reach};
-use podnet_lab::demo::{Audience, Cluster, DemoSpec, Finding, Outcome, Part, Stage, breakage, restart};
+use podnet_lab::demo::{
+    Audience, Cluster, Crossing, DemoBackend, DemoSpec, Finding, Outcome, Part, Stage, breakage, restart,
+};
 use podnet_lab::{Families, Family, Stack, Underlay};
 use tokio::sync::Semaphore;
 
@@ -33,9 +35,9 @@ impl Audience for Listener {
     }
 }
 
-fn spec(nodes: usize, underlay: Underlay, families: Families) -> DemoSpec {
+fn spec(nodes: usize, backend: DemoBackend, families: Families, underlay: Underlay) -> DemoSpec {
     let (throughput, restart_margin) = (Duration::from_millis(200), Duration::from_millis(300));
-    DemoSpec { nodes, underlay, families, throughput, restart_margin, ..DemoSpec::default() }
+    DemoSpec { nodes, backend, underlay, families, throughput, restart_margin }
 }
 
 async fn whole_demo(spec: DemoSpec) -> Vec<Finding> {
@@ -59,62 +61,141 @@ fn assert_all(findings: &[Finding], outcome: Outcome) {
     }
 }
 
-/// Every line of the demo holds, and each family of the stack has its own.
-async fn every_line_holds(underlay: Underlay, families: Families) {
-    let findings = whole_demo(spec(3, underlay, families)).await;
-    assert_all(&findings, Outcome::Holds);
+/// What the demo should say, beside what it always says: lines of each family, and lines of the cluster.
+struct Expected {
+    of_a_family: &'static [&'static str],
+    of_the_cluster: &'static [&'static str],
+    /// What must not be said.
+    never: &'static [&'static str],
+}
+
+/// Said in every cluster of several nodes, once and in each family.
+const ALWAYS: [&str; 8] = [
+    "hosts",
+    "podnet",
+    "pods",
+    "node 3: interfaces",
+    "docker0 and the default route",
+    "packets lost by a restart",
+    "podnet removes what it made",
+    "every node is as it was before",
+];
+const ALWAYS_OF_A_FAMILY: [&str; 8] = [
+    "node 3: routes",
+    "largest packet between nodes",
+    "TCP throughput",
+    "pod to outside is masqueraded",
+    "pod to pod is not",
+    "DNS through",
+    "a route deleted",
+    "the masquerade table deleted",
+];
+
+fn expected(crossing: Crossing) -> Expected {
+    match crossing {
+        Crossing::Vxlan => Expected {
+            of_a_family: &[
+                "every pod reaches every pod",
+                "on the wire it is VXLAN",
+                "a neighbour deleted",
+                "an FDB entry deleted",
+            ],
+            of_the_cluster: &[],
+            never: &["ens4 set down and up", "podnet says why"],
+        },
+        Crossing::Plain => Expected {
+            of_a_family: &["every pod reaches every pod", "on the wire it is as sent"],
+            of_the_cluster: &["ens4 set down and up"],
+            never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
+        },
+        Crossing::Nowhere => Expected {
+            of_a_family: &["no pod reaches another node's", "podnet says why", "on the wire"],
+            of_the_cluster: &[],
+            never: &["every pod reaches every pod", "ens4 set down and up"],
+        },
+    }
+}
+
+/// Every line of the demo holds, and every line is there that should be, in each family of the stack. Where no node reaches another, what needs
+/// that is skipped, and nothing else.
+async fn every_line_holds(backend: DemoBackend, families: Families, underlay: Underlay) {
+    let spec = spec(3, backend, families, underlay);
+    let findings = whole_demo(spec).await;
+    let (skipped, shown): (Vec<_>, Vec<_>) =
+        findings.iter().cloned().partition(|finding| finding.outcome == Outcome::Skipped);
+    assert_all(&shown, Outcome::Holds);
     assert_eq!(findings.last().map(|finding| finding.part), Some(Part::Removal), "it went to the end");
-    let claims: Vec<_> = findings.iter().map(|finding| finding.claim.as_str()).collect();
-    let has = |claim: &str| claims.contains(&claim);
-    let expected = match families {
-        Stack::V4(()) => (22, [has("flannel.1 deleted"), has("a route deleted"), !has("DNS through 2001:db8:43::a")]),
-        Stack::V6(()) => (22, [has("flannel-v6.1 deleted"), has("a route deleted, IPv6"), !has("flannel.1 deleted")]),
-        Stack::Dual((), ()) => {
-            (36, [has("flannel.1 deleted"), has("flannel-v6.1 deleted"), has("a route deleted, IPv4")])
-        }
+    assert!(skipped.iter().all(|finding| finding.seen == "needs nodes that reach each other"), "{skipped:?}");
+    let needing_others = match spec.crossing() {
+        Crossing::Vxlan | Crossing::Plain => 0,
+        // Size, wire, throughput, pod to pod, DNS, a route; and the restart.
+        Crossing::Nowhere => 6 * families.families().count() + 1,
     };
-    assert_eq!((claims.len(), expected.1), (expected.0, [true; 3]), "{claims:#?}");
+    assert_eq!(skipped.len(), needing_others, "{skipped:#?}");
+
+    let claims: Vec<_> = findings.iter().map(|finding| finding.claim.as_str()).collect();
+    let Expected { of_a_family, of_the_cluster, never } = expected(spec.crossing());
+    let mut wanted: Vec<_> = ALWAYS.iter().chain(of_the_cluster).map(|claim| claim.to_string()).collect();
+    for family in families.families() {
+        for claim in ALWAYS_OF_A_FAMILY.iter().chain(of_a_family) {
+            wanted.push(match (*claim, family, families) {
+                ("DNS through", Family::V4, _) => "DNS through 10.43.0.10".to_owned(),
+                ("DNS through", Family::V6, _) => "DNS through 2001:db8:43::a".to_owned(),
+                (_, _, Stack::V4(())) => claim.to_string(),
+                (_, _, Stack::V6(()) | Stack::Dual((), ())) => format!("{claim}, {family}"),
+            });
+        }
+        if let Some(device) = backend.device(family) {
+            wanted.extend([format!("{device} set down and up"), format!("{device} deleted")]);
+        }
+    }
+    for claim in &wanted {
+        assert!(claims.contains(&claim.as_str()), "{claim} is not told: {claims:#?}");
+    }
+    assert_eq!(claims.len(), wanted.len(), "{claims:#?}");
+    assert!(claims.iter().all(|claim| never.iter().all(|never| !claim.starts_with(never))), "{claims:#?}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_on_the_articles_cluster() {
-    every_line_holds(Underlay::Gcp, V4).await;
+/// The whole matrix of backend, stack and underlay, each a test that says so in its name.
+macro_rules! every_line_of_the_demo_holds {
+    ($($name:ident: $backend:ident, $families:expr, $underlay:ident;)*) => { $(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            every_line_holds(DemoBackend::$backend, $families, Underlay::$underlay).await;
+        }
+    )* };
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_on_one_ethernet() {
-    every_line_holds(Underlay::Lan, V4).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_in_ipv6_on_googles_cloud() {
-    every_line_holds(Underlay::Gcp, V6).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_in_ipv6_on_one_ethernet() {
-    every_line_holds(Underlay::Lan, V6).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_in_both_families_on_googles_cloud() {
-    every_line_holds(Underlay::Gcp, DUAL).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_in_both_families_on_one_ethernet() {
-    every_line_holds(Underlay::Lan, DUAL).await;
+every_line_of_the_demo_holds! {
+    every_line_of_the_demo_holds_on_the_articles_cluster: Vxlan, V4, Gcp;
+    every_line_of_the_demo_holds_on_one_ethernet: Vxlan, V4, Lan;
+    every_line_holds_with_vxlan_in_ipv6_on_googles_cloud: Vxlan, V6, Gcp;
+    every_line_holds_with_vxlan_in_ipv6_on_one_ethernet: Vxlan, V6, Lan;
+    every_line_holds_with_vxlan_in_both_families_on_googles_cloud: Vxlan, DUAL, Gcp;
+    every_line_holds_with_vxlan_in_both_families_on_one_ethernet: Vxlan, DUAL, Lan;
+    every_line_holds_with_direct_routing_in_ipv4_on_googles_cloud: VxlanDirect, V4, Gcp;
+    every_line_holds_with_direct_routing_in_ipv4_on_one_ethernet: VxlanDirect, V4, Lan;
+    every_line_holds_with_direct_routing_in_ipv6_on_googles_cloud: VxlanDirect, V6, Gcp;
+    every_line_holds_with_direct_routing_in_ipv6_on_one_ethernet: VxlanDirect, V6, Lan;
+    every_line_holds_with_direct_routing_in_both_families_on_googles_cloud: VxlanDirect, DUAL, Gcp;
+    every_line_holds_with_direct_routing_in_both_families_on_one_ethernet: VxlanDirect, DUAL, Lan;
+    with_host_gw_nobody_is_reached_in_ipv4_on_googles_cloud_and_the_demo_says_so: HostGw, V4, Gcp;
+    every_line_holds_with_host_gw_in_ipv4_on_one_ethernet: HostGw, V4, Lan;
+    with_host_gw_nobody_is_reached_in_ipv6_on_googles_cloud_and_the_demo_says_so: HostGw, V6, Gcp;
+    every_line_holds_with_host_gw_in_ipv6_on_one_ethernet: HostGw, V6, Lan;
+    with_host_gw_nobody_is_reached_in_either_family_on_googles_cloud_and_the_demo_says_so: HostGw, DUAL, Gcp;
+    every_line_holds_with_host_gw_in_both_families_on_one_ethernet: HostGw, DUAL, Lan;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_of_one_node_skips_what_needs_two_and_holds_the_rest() {
-    for families in [V4, V6] {
-        one_node(families).await;
+    for (backend, families) in [(DemoBackend::Vxlan, V4), (DemoBackend::HostGw, V6)] {
+        one_node(backend, families).await;
     }
 }
 
-async fn one_node(families: Families) {
-    let findings = whole_demo(spec(1, Underlay::Gcp, families)).await;
+async fn one_node(backend: DemoBackend, families: Families) {
+    let findings = whole_demo(spec(1, backend, families, backend.usual_underlay())).await;
     let (skipped, shown): (Vec<_>, Vec<_>) =
         findings.into_iter().partition(|finding| finding.outcome == Outcome::Skipped);
     assert_all(&shown, Outcome::Holds);
@@ -127,7 +208,7 @@ async fn what_does_not_hold_is_told_as_a_failure() {
     let _turn = TURNS.acquire().await.unwrap();
     let listener = Listener::default();
     let mut stage = Stage::new(&listener);
-    let cluster = Cluster::build(spec(2, Underlay::Gcp, DUAL), &mut stage).await.unwrap();
+    let cluster = Cluster::build(spec(2, DemoBackend::Vxlan, DUAL, Underlay::Gcp), &mut stage).await.unwrap();
     assert_all(stage.findings(), Outcome::Holds);
 
     let node = cluster.lab().nodes()[1].host();
