@@ -2,7 +2,7 @@
 
 mod foreign;
 mod hostile;
-mod traffic;
+pub(in crate::driver) mod traffic;
 
 use std::collections::BTreeSet;
 use std::process::Command;
