@@ -86,13 +86,11 @@ pub enum DriverError {
         detail: String,
     },
     /// A program that a driver needs is missing, or did not do what was asked of it.
-    #[error("{attempted}: {program} {said}: {advice}")]
+    #[error("{attempted}: {said}: {advice}")]
     Program {
         /// What was attempted, on which object.
         attempted: String,
-        /// The program's path, or the names of those that were looked for.
-        program: String,
-        /// How it ended, and the first lines that it said.
+        /// Which program, how it ended, and the first lines that it said.
         said: String,
         /// What can be done.
         advice: String,

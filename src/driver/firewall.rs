@@ -25,7 +25,7 @@ use crate::types::Family;
 /// | an accept of ours | counts in our table; a drop in another table wins | counts in `FORWARD` itself, against its policy too |
 /// | a list of networks | one rule | one rule a network |
 /// | a change by others is noticed | at once | at once (iptables-nft), within the check period (iptables-legacy) |
-/// | costs, to look | below 1 ms | one process a family, which prints all rules of the host |
+/// | costs, to look | below 1 ms | one process a family, which prints all rules of the host: 5 ms, 0.4 s beside 25 000 rules |
 ///
 /// flannel's `EnableNFTables` says the same as this choice: `true` is [`Nftables`](Self::Nftables), `false`
 /// [`Iptables`](Self::Iptables). It is read with the rest of the network's configuration and decides nothing here, as it is one
@@ -79,6 +79,8 @@ pub(crate) struct FirewallDriver {
     iptables: Option<IptablesDriver>,
     /// The programs that were given.
     programs: Option<IptablesPrograms>,
+    /// Where others are looked for.
+    folders: &'static [&'static str],
     /// Opened once they are needed.
     leftover_drivers: OnceCell<Vec<IptablesDriver>>,
     chosen: OnceCell<Firewall>,
@@ -121,6 +123,7 @@ impl FirewallDriver {
             nftables,
             iptables,
             programs,
+            folders: &IptablesPrograms::FOLDERS,
             leftover_drivers: OnceCell::new(),
             chosen: OnceCell::new_with(chosen),
             legacy_clean: AtomicBool::new(false),
@@ -201,7 +204,7 @@ impl FirewallDriver {
     /// What removes what our iptables mode left: for each variant the given programs, or the first that are found.
     async fn leftover_drivers(&self) -> Result<&[IptablesDriver], DriverError> {
         let open = async || {
-            let found = IptablesPrograms::each_kind(IptablesPrograms::FOLDERS);
+            let found = IptablesPrograms::each_kind(self.folders);
             let mut drivers: Vec<IptablesDriver> = Vec::new();
             for programs in self.programs.iter().cloned().chain(found) {
                 match IptablesDriver::open(&self.namespace, programs).await {
@@ -212,11 +215,7 @@ impl FirewallDriver {
                     Err(error) => tracing::debug!(%error, "these programs cannot look for leftovers"),
                 }
             }
-            if drivers.is_empty() {
-                IptablesPrograms::find(IptablesPrograms::FOLDERS).map(|_| drivers)
-            } else {
-                Ok(drivers)
-            }
+            if drivers.is_empty() { IptablesPrograms::find(self.folders).map(|_| drivers) } else { Ok(drivers) }
         };
         self.leftover_drivers.get_or_try_init(open).await.map(Vec::as_slice)
     }

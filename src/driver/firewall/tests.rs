@@ -177,6 +177,27 @@ fn a_table_of_our_name_that_is_not_ours_is_no_leftover() {
 }
 
 #[test]
+fn leftovers_that_no_program_can_remove_are_a_warning_and_the_rules_stand_all_the_same() {
+    let Some(tools) = Tools::of(Variant::NfTables) else { return };
+    isolated::test(async move || {
+        for rules in wish() {
+            create(&tools.driver().await, &rules).await;
+        }
+        let mut driver = open(FirewallChoice::Nftables).await;
+        driver.folders = &[];
+        converge(&driver, &wish(), &scope()).await;
+        assert_eq!(holders(tools).await, (true, true));
+        let warnings = driver.observe(&scope()).await.unwrap().warnings;
+        assert_eq!(warnings.len(), 4, "a chain in each table of each family: {warnings:?}");
+        assert!(warnings.iter().all(|w| w.with.starts_with("flannel's, or podnet's own, chain")), "{warnings:?}");
+        // Once there are programs, they go.
+        driver.folders = &IptablesPrograms::FOLDERS;
+        assert_eq!(converge(&driver, &wish(), &scope()).await, 2);
+        assert_eq!(holders(tools).await, (true, false));
+    });
+}
+
+#[test]
 fn flannels_chains_stay_where_nftables_is_chosen_and_are_named() {
     let Some(tools) = Tools::of(Variant::NfTables) else { return };
     isolated::test(async move || {

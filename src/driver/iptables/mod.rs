@@ -217,8 +217,12 @@ impl Tool {
             (Some(0), false, true) => Ok(Variant::Legacy),
             _ => Err(DriverError::Program {
                 attempted: attempted.into(),
-                program: program.display().to_string(),
-                said: format!("did not say `(nf_tables)` or `(legacy)`, but: {} {}", lines.join("; "), ended.errors),
+                said: format!(
+                    "{} did not say `(nf_tables)` or `(legacy)`, but: {} {}",
+                    program.display(),
+                    lines.join("; "),
+                    ended.errors
+                ),
                 advice: "iptables 1.8 (2018) or newer is needed".into(),
                 retry: false,
             }),
@@ -316,9 +320,9 @@ impl Tool {
         let shows = there.map_or_else(|| "nothing".to_owned(), |rules| rules.to_string());
         Ok(Some(DriverError::Program {
             attempted: attempted.into(),
-            program: self.programs.save(family).display().to_string(),
             said: format!(
-                "does not show what was written, but: {}",
+                "{} does not show what was written, but: {}",
+                self.programs.save(family).display(),
                 shows.split_whitespace().collect::<Vec<_>>().join(" ")
             ),
             advice: "another program changes these rules at the same time, or this iptables is at fault".into(),
@@ -336,8 +340,7 @@ impl Tool {
         saved.legacy_beside = ended.errors.contains("-legacy tables present");
         saved.finish().map_err(|said| DriverError::Program {
             attempted: attempted.into(),
-            program: program.display().to_string(),
-            said: format!("printed what cannot be read: {said}"),
+            said: format!("{} printed what cannot be read: {said}", program.display()),
             advice: format!("see what `{}` prints", program.display()),
             retry: true,
         })
@@ -403,8 +406,7 @@ fn not_run(attempted: &str, program: &Path, error: &io::Error, patience: Duratio
     };
     DriverError::Program {
         attempted: attempted.into(),
-        program: program.display().to_string(),
-        said,
+        said: format!("{} {said}", program.display()),
         advice: advice.into(),
         retry,
     }
@@ -432,8 +434,7 @@ fn failed(attempted: &str, program: &Path, ended: &Ended) -> DriverError {
     let status = ended.code.map_or_else(|| "a signal".to_owned(), |code| format!("status {code}"));
     DriverError::Program {
         attempted,
-        program: program.display().to_string(),
-        said: format!("ended with {status}: {said}"),
+        said: format!("{} ended with {status}: {said}", program.display()),
         advice: advice.into(),
         retry,
     }

@@ -51,8 +51,10 @@ impl IptablesPrograms {
         let folders: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
         Err(DriverError::Program {
             attempted: "find the programs of iptables".into(),
-            program: "iptables-save, iptables-restore, ip6tables-save, ip6tables-restore".into(),
-            said: format!("none of these folders has all four: {}", folders.join(", ")),
+            said: format!(
+                "iptables-save, iptables-restore, ip6tables-save, ip6tables-restore: none of these folders has all four: {}",
+                folders.join(", ")
+            ),
             advice: "install the package iptables, give other folders, or use nftables, which needs no program".into(),
             retry: false,
         })
@@ -93,8 +95,7 @@ impl IptablesPrograms {
             None => Ok(programs),
             Some((path, said)) => Err(DriverError::Program {
                 attempted: "use the programs of iptables".into(),
-                program: path.display().to_string(),
-                said,
+                said: format!("{}: {said}", path.display()),
                 advice: "give the absolute path of a program that may be executed".into(),
                 retry: false,
             }),

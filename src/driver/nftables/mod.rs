@@ -7,8 +7,9 @@
 //!
 //! Rules of others stay as they are. flannel's own tables (`ip flannel-ipv4`, `ip6 flannel-ipv6`) are deleted in the
 //! transaction that makes ours, if adoption is asked for, and reported if not. Chains that flannel's iptables mode left
-//! in iptables-nft's tables, and chains that drop the cluster's forwarded packets, are reported. What
-//! iptables-legacy holds is invisible to nftables.
+//! in iptables-nft's tables, and chains that drop the cluster's forwarded packets, are reported. Where those are a reason
+//! to use iptables instead, that is [`firewall`](super::firewall)'s to say. What iptables-legacy holds is invisible to
+//! nftables.
 
 mod attribute;
 pub(super) mod connection;

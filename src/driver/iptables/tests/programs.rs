@@ -58,9 +58,9 @@ fn what_is_missing_is_named_with_what_to_do() {
         assert!(text.contains(part), "{text}");
     }
     let error = IptablesPrograms::new("iptables-save", "/bin/sh", "/bin/sh", "/bin/sh").unwrap_err().to_string();
-    assert!(error.contains("iptables-save the path is not absolute"), "{error}");
+    assert!(error.contains("iptables-save: the path is not absolute"), "{error}");
     let error = IptablesPrograms::new("/bin/sh", "/bin/sh", "/bin/sh", "/nowhere/x").unwrap_err().to_string();
-    assert!(error.contains("/nowhere/x No such file"), "{error}");
+    assert!(error.contains("/nowhere/x: No such file"), "{error}");
 }
 
 #[test]
