@@ -124,12 +124,10 @@ fn same<T: Ord + std::fmt::Debug>(what: &str, found: &BTreeSet<T>, wanted: &BTre
 
 /// What is a node's own in the namespace.
 pub fn scope() -> Result<Scope, Trouble> {
-    Ok(Scope {
-        devices: [DEVICE.parse()?].into(),
-        networks: Stack::V4(NETWORK.parse()?),
-        adopt: true,
-        sysctls: BTreeSet::new(),
-    })
+    let mut scope = Scope::new(Stack::V4(NETWORK.parse()?));
+    scope.devices.insert(DEVICE.parse()?);
+    scope.adopt = true;
+    Ok(scope)
 }
 
 /// The node's own unit.

@@ -3,14 +3,14 @@
 //!
 //! The shortest way to a backend of your own is to read `backends/vxlan`, which is written on this module alone.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
-use crate::driver::Driver;
-use crate::lease::{BackendKind, Endpoint, Offer};
+use crate::driver::{Driver, HostRoute};
+use crate::lease::{BackendData, BackendKind, Endpoint, Offer};
 use crate::plan::{Link, Object};
 use crate::types::{DeviceName, Family, Mtu, NodeName, Stack};
 
@@ -37,6 +37,37 @@ impl Capabilities {
     }
 }
 
+/// A device that a backend needs, and who makes it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Device {
+    /// Its name.
+    pub name: DeviceName,
+    /// Who makes and deletes it.
+    pub maker: Maker,
+}
+
+/// Who makes a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Maker {
+    /// The netlink driver, from an [`Object::Link`].
+    Netlink,
+    /// The backend's [own driver](Backend::driver), which marks it with the alias
+    /// [`ALIAS`](crate::driver::netlink::ALIAS). Addresses, neighbours and routes on it are netlink's as on any other.
+    OwnDriver,
+}
+
+impl Device {
+    /// One that the netlink driver makes.
+    pub fn of_netlink(name: DeviceName) -> Self {
+        Device { name, maker: Maker::Netlink }
+    }
+
+    /// One that the backend's own driver makes.
+    pub fn of_own_driver(name: DeviceName) -> Self {
+        Device { name, maker: Maker::OwnDriver }
+    }
+}
+
 /// The network below the overlay, as one node sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
@@ -44,10 +75,37 @@ pub struct Underlay {
     pub device: DeviceName,
     /// Its MTU, in bytes.
     pub mtu: Mtu,
+    /// Whether it is administratively up. While it is down, the kernel has no routes over it.
+    pub up: bool,
     /// This node's address on it, in each family it has.
     pub addresses: Stack<Ipv4Addr, Ipv6Addr>,
-    /// What is reachable through it without a gateway.
-    pub on_link: Vec<IpNetwork>,
+    /// The host's routes of the main table that say how other nodes are reached: those over the device, and more special ones
+    /// inside a network that is on its link. None is of the overlay.
+    pub routes: Vec<HostRoute>,
+}
+
+/// How the host reaches an address of the underlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reach {
+    /// It is on the link of the underlay's device: the same layer 2.
+    OnLink,
+    /// Behind a gateway.
+    Gateway(IpAddr),
+    /// Over another device than the underlay's.
+    Elsewhere(DeviceName),
+    /// No route leads there, or none that has just one way.
+    Nowhere,
+}
+
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reach::OnLink => f.write_str("it is on the link"),
+            Reach::Gateway(gateway) => write!(f, "it is behind the gateway {gateway}"),
+            Reach::Elsewhere(device) => write!(f, "it is reached over {device}"),
+            Reach::Nowhere => f.write_str("no single route leads there"),
+        }
+    }
 }
 
 impl Underlay {
@@ -58,18 +116,60 @@ impl Underlay {
             Family::V6 => self.addresses.v6().map(|a| IpAddr::V6(*a)),
         }
     }
+
+    /// How the host reaches another node's address: by the longest prefix, then the least metric, as the kernel decides.
+    /// Whoever routes without a tunnel asks this, and never tries.
+    ///
+    /// ```
+    /// use podnet::backend::{Reach, Underlay};
+    /// use podnet::driver::HostRoute;
+    /// use podnet::types::{Mtu, Stack};
+    ///
+    /// let ens4: podnet::types::DeviceName = "ens4".parse()?;
+    /// let route = |destination: &str, gateway: Option<&str>| HostRoute {
+    ///     destination: destination.parse().unwrap(),
+    ///     device: Some(ens4.clone()),
+    ///     gateway: gateway.map(|g| g.parse().unwrap()),
+    ///     source: None,
+    ///     metric: 100,
+    ///     protocol: 16,
+    /// };
+    /// let underlay = Underlay {
+    ///     device: ens4.clone(),
+    ///     mtu: Mtu::new(1460)?,
+    ///     up: true,
+    ///     addresses: Stack::V4("10.240.0.103".parse()?),
+    ///     routes: vec![route("0.0.0.0/0", Some("10.240.0.1")), route("10.240.0.1/32", None)],
+    /// };
+    /// assert_eq!(underlay.reach("10.240.0.1".parse()?), Reach::OnLink);
+    /// assert_eq!(underlay.reach("10.240.0.101".parse()?), Reach::Gateway("10.240.0.1".parse()?));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn reach(&self, address: IpAddr) -> Reach {
+        let best = self
+            .routes
+            .iter()
+            .filter(|route| route.destination.contains(address))
+            .min_by_key(|route| (std::cmp::Reverse(route.destination.prefix()), route.metric));
+        match best {
+            Some(HostRoute { gateway: Some(gateway), .. }) => Reach::Gateway(*gateway),
+            Some(HostRoute { device: Some(device), .. }) if *device == self.device => Reach::OnLink,
+            Some(HostRoute { device: Some(device), .. }) => Reach::Elsewhere(device.clone()),
+            Some(HostRoute { device: None, .. }) | None => Reach::Nowhere,
+        }
+    }
 }
 
-/// What a backend knows when it makes an offer.
+/// What a backend knows when it makes an offer in one family.
 #[derive(Debug)]
 pub struct OfferContext<'a> {
     /// This node.
     pub node: &'a NodeName,
-    /// The families in which the overlay is to work here.
-    pub families: &'a [Family],
-    /// What this node's lease offers now: whatever peers already know is worth keeping.
-    pub earlier: Option<&'a Offer>,
-    /// The network below.
+    /// The family.
+    pub family: Family,
+    /// What this node published in it: whatever peers already know is worth keeping.
+    pub earlier: Option<&'a BackendData>,
+    /// The network below; it has an address of the family.
     pub underlay: &'a Underlay,
     /// The devices of ours that exist, as they are.
     pub devices: &'a [Link],
@@ -86,7 +186,7 @@ pub struct NodeView {
     pub subnets: Stack<Ipv4Network, Ipv6Network>,
     /// The network below.
     pub underlay: Underlay,
-    /// What this backend offers to others.
+    /// What this backend offers to others, in the families in which it works here.
     pub offer: Offer,
 }
 
@@ -139,7 +239,9 @@ pub struct Unreachable {
 
 /// A kind of overlay. All methods are pure: the same arguments give the same answer.
 ///
-/// The engine calls `offer` when the underlay or the lease changes, then `node`, and `peer` once for each admitted
+/// Families are independent: each method is asked for one, and an error in one leaves the other alone.
+///
+/// The engine calls `mtu` and `offer` when the underlay or the lease changes, then `node`, and `peer` once for each admitted
 /// (peer, family) and again only when that peer or this node changes.
 pub trait Backend: Debug + Send + Sync + 'static {
     /// The name under which offers are published.
@@ -148,14 +250,22 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// The devices that it makes for these families: whatever is on a device of such a name is judged by invariant 3.
-    fn devices(&self, families: &[Family]) -> Vec<DeviceName>;
+    /// The devices that it needs in a family; none where it routes over the underlay's. Both families may share one. What stands
+    /// on a device of such a name is judged by invariant 3.
+    fn devices(&self, family: Family) -> Vec<Device>;
 
-    /// The MTU that pods should have here, in bytes: the least of the families'.
-    fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError>;
+    /// The MTU that pods should have here because of a family, in bytes. With several families and backends they get the least.
+    ///
+    /// # Errors
+    /// What is left would be too little. The backend does not serve this family then; the other goes on.
+    fn mtu(&self, underlay: &Underlay, family: Family) -> Result<Mtu, BackendError>;
 
-    /// What this node tells its peers. Keeps what `earlier` said wherever it still holds (a VTEP's MAC).
-    fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError>;
+    /// What this node publishes in a family beside its address. Keeps what `earlier` said wherever it still holds (a
+    /// VTEP's MAC). [`BackendData::none`] where there is nothing to say.
+    ///
+    /// # Errors
+    /// Why it cannot serve this family here; the other goes on.
+    fn offer(&self, cx: &OfferContext<'_>) -> Result<BackendData, BackendError>;
 
     /// What of a peer's offer no other node may also have (a MAC, a public key), as opaque texts; or why the data is
     /// refused. Hostile input: whatever passes here may reach the kernel.
@@ -164,7 +274,7 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// This node's own devices and addresses in a family, in the order of dependency. Sees no peers.
     ///
     /// # Errors
-    /// What keeps this node out of its network until an input changes; the status shows it at the condition `Underlay`.
+    /// What keeps this node out of its network in this family until an input changes, for the status.
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError>;
 
     /// What one peer needs in its family, in the order of dependency: routes last.
@@ -188,13 +298,13 @@ macro_rules! forward {
             fn capabilities(&self) -> Capabilities {
                 (**self).capabilities()
             }
-            fn devices(&self, families: &[Family]) -> Vec<DeviceName> {
-                (**self).devices(families)
+            fn devices(&self, family: Family) -> Vec<Device> {
+                (**self).devices(family)
             }
-            fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError> {
-                (**self).pod_mtu(underlay, families)
+            fn mtu(&self, underlay: &Underlay, family: Family) -> Result<Mtu, BackendError> {
+                (**self).mtu(underlay, family)
             }
-            fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError> {
+            fn offer(&self, cx: &OfferContext<'_>) -> Result<BackendData, BackendError> {
                 (**self).offer(cx)
             }
             fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::Instrument;
 
 use crate::admission::Reserved;
-use crate::backend::Backend;
+use crate::backend::{Backend, Maker};
 use crate::clock::{Clock, SystemClock};
 use crate::driver::firewall::{FirewallChoice, FirewallDriver};
 use crate::driver::netlink::NetlinkDriver;
@@ -92,6 +93,8 @@ pub struct Node {
 /// | [`adopt_flannel`](Self::adopt_flannel) | yes |
 /// | [`ip_forward`](Self::ip_forward) | [`HostSetting::Set`] |
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
+/// | [`router_advertisements`](Self::router_advertisements) | [`HostSetting::Set`] |
+/// | [`public_addresses`](Self::public_addresses) | the underlay's own |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
 /// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
@@ -111,6 +114,8 @@ pub struct NodeBuilder {
     adopt: bool,
     forwarding: HostSetting,
     bridge_netfilter: HostSetting,
+    router_advertisements: HostSetting,
+    public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     check_period: Duration,
     clock: Arc<dyn Clock>,
 }
@@ -132,6 +137,8 @@ impl Node {
             adopt: true,
             forwarding: HostSetting::Set,
             bridge_netfilter: HostSetting::Report,
+            router_advertisements: HostSetting::Set,
+            public: None,
             check_period: SHORTEST_CHECK,
             clock: Arc::new(SystemClock::new()),
         }
@@ -272,6 +279,21 @@ impl NodeBuilder {
         self
     }
 
+    /// What is done about `net.ipv6.conf.*.accept_ra`: 0 on the overlay's devices, where a member could otherwise give this host a
+    /// default route; and 2 on the underlay's device where it is 1 when podnet switches IPv6 forwarding on, which would
+    /// otherwise make the host forget the default route that a router announced.
+    pub fn router_advertisements(mut self, setting: HostSetting) -> Self {
+        self.router_advertisements = setting;
+        self
+    }
+
+    /// The addresses under which peers reach this node, where they are not the underlay's own: behind a NAT. They are published;
+    /// packets leave with the underlay's own. A backend that needs one layer 2 does not serve a family in which they differ.
+    pub fn public_addresses(mut self, addresses: Stack<Ipv4Addr, Ipv6Addr>) -> Self {
+        self.public = Some(addresses);
+        self
+    }
+
     /// How often the kernel is compared as a whole: 10 s to a day. Longer where a comparison takes more than 0.2 % of that.
     pub fn check_period(mut self, period: Duration) -> Self {
         self.check_period = period;
@@ -301,9 +323,16 @@ impl NodeBuilder {
             if !kinds.insert(backend.kind()) {
                 problems.push(format!("the backend {} is given twice: one of a kind is allowed", backend.kind()));
             }
-            for device in backend.devices(&Family::BOTH) {
-                if !devices.insert(device.clone()) {
-                    problems.push(format!("two backends want the device {device}: one may have it"));
+            // A backend may have one device for both families.
+            let own: BTreeSet<_> = Family::BOTH.iter().flat_map(|family| backend.devices(*family)).collect();
+            for device in own {
+                if device.maker == Maker::OwnDriver && backend.driver().is_none() {
+                    let problem =
+                        format!("the backend {} has no driver for its device {}", backend.kind(), device.name);
+                    problems.push(problem);
+                }
+                if !devices.insert(device.name.clone()) {
+                    problems.push(format!("two backends want the device {}: one may have it", device.name));
                 }
             }
         }
@@ -338,6 +367,8 @@ impl NodeBuilder {
                 adopt: self.adopt,
                 forwarding: possible(self.forwarding),
                 bridge_netfilter: possible(self.bridge_netfilter),
+                router_advertisements: possible(self.router_advertisements),
+                public: self.public,
                 check_period: self.check_period,
                 clock: self.clock,
             },
@@ -373,6 +404,7 @@ fn starting(node: &NodeName) -> Status {
         conflicts: Vec::new(),
         more_conflicts: 0,
         warnings: Vec::new(),
+        families: Vec::new(),
         counters: Counters::default(),
     }
 }

@@ -40,25 +40,39 @@ pub struct Status {
     pub more_conflicts: usize,
     /// What of others may undo what podnet does (a chain that drops forwarded packets). It does not make the node unready.
     pub warnings: Vec<Conflict>,
+    /// Each family of this node's lease by itself: one that does not work leaves the other alone.
+    pub families: Vec<FamilyStatus>,
     /// Counters since the start.
     pub counters: Counters,
 }
 
 impl Status {
-    /// Whether pods can talk: the lease is held and published, the leases of all peers are known, and the kernel holds
-    /// what it should for this node. Peers in trouble do not count against it.
+    /// Whether pods can talk in every family: the lease is held and published, the leases of all peers are known, and the
+    /// kernel holds what it should for this node. Peers in trouble do not count against it.
     pub fn is_ready(&self) -> bool {
         self.phase == Phase::Running
             && self.conditions.iter().all(|c| c.state != ConditionState::Failed)
             && ConditionKind::ALL.iter().all(|kind| self.condition(*kind).state == ConditionState::Met)
+            && self.families.iter().all(|f| f.state == ConditionState::Met)
+    }
+
+    /// Whether pods can talk in one family, whatever the other does.
+    pub fn is_ready_in(&self, family: Family) -> bool {
+        let common = [ConditionKind::Lease, ConditionKind::Underlay, ConditionKind::Peers];
+        self.phase == Phase::Running
+            && common.iter().all(|kind| self.condition(*kind).state == ConditionState::Met)
+            && self.families.iter().any(|f| f.family == family && f.state == ConditionState::Met)
     }
 
     /// One line for a log: ready or the first reason why not, and the peers.
     pub fn summary(&self) -> String {
-        let not_met = self.conditions.iter().find(|c| c.state != ConditionState::Met);
+        let condition = self.conditions.iter().find(|c| c.state != ConditionState::Met);
+        let family = || self.families.iter().find(|f| f.state != ConditionState::Met);
+        let not_met = condition.map(|c| format!("{:?}: {}", c.kind, c.message));
+        let not_met = not_met.or_else(|| family().map(|f| format!("{}: {}", f.family, f.message)));
         let state = match (self.phase, not_met) {
             (Phase::Stopped, _) => "stopped".to_owned(),
-            (_, Some(c)) => format!("not ready: {:?}: {}", c.kind, c.message),
+            (_, Some(why)) => format!("not ready: {why}"),
             (Phase::Starting, None) => "starting".to_owned(),
             (Phase::Running, None) => "ready".to_owned(),
         };
@@ -86,9 +100,20 @@ impl fmt::Display for Status {
         for c in &self.conditions {
             writeln!(f, "  {:?} {:?}: {}", c.kind, c.state, c.message)?;
         }
+        // Of one family, the conditions say the same.
+        for family in self.families.iter().filter(|_| self.families.len() > 1) {
+            let FamilyStatus { family, state, message, peers, connected } = family;
+            writeln!(f, "  {family} {state:?}: {message}; peers: {connected} connected of {peers}")?;
+        }
         for peer in &self.troubled {
-            for state in &peer.families {
-                writeln!(f, "  peer {} {}: {}", peer.node, state.family, state.state)?;
+            match peer.families.as_slice() {
+                // What both families say is said once.
+                [v4, v6] if v4.state == v6.state => writeln!(f, "  peer {}: {}", peer.node, v4.state)?,
+                families => {
+                    for of in families {
+                        writeln!(f, "  peer {} {}: {}", peer.node, of.family, of.state)?;
+                    }
+                }
             }
         }
         for conflict in &self.conflicts {
@@ -126,6 +151,21 @@ pub struct Condition {
     pub state: ConditionState,
     /// Why, in a sentence.
     pub message: String,
+}
+
+/// How one family of this node is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FamilyStatus {
+    /// The family.
+    pub family: Family,
+    /// Whether it works on this node and peers know so.
+    pub state: ConditionState,
+    /// Why, in a sentence.
+    pub message: String,
+    /// How many peers hold a subnet of the family.
+    pub peers: usize,
+    /// How many of those are in the kernel.
+    pub connected: usize,
 }
 
 /// The kinds of condition.
@@ -232,7 +272,7 @@ pub enum PeerState {
     Failing {
         /// What, and the kernel's word.
         error: String,
-        /// How often it was tried.
+        /// How often it was tried; 0 where something of others is in the way.
         attempts: u32,
     },
 }
@@ -244,6 +284,7 @@ impl fmt::Display for PeerState {
             PeerState::Pending => f.write_str("pending: it has not said how it is reached"),
             PeerState::Refused(refusal) => write!(f, "refused: {refusal}"),
             PeerState::Unreachable { reason } => write!(f, "unreachable: {reason}"),
+            PeerState::Failing { error, attempts: 0 } => write!(f, "held up: {error}"),
             PeerState::Failing { error, attempts } => write!(f, "failing after {attempts} attempts: {error}"),
         }
     }

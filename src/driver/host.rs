@@ -17,8 +17,8 @@ pub struct HostView {
     pub links: Vec<HostLink>,
     /// All addresses of devices that are not ours, in the kernel's order.
     pub addresses: Vec<HostAddress>,
-    /// Routes of the main table that are not ours: default routes, routes of the kernel's own (connected networks), and
-    /// whatever overlaps a cluster network.
+    /// Routes of the main table that are not ours: what a [`Scope`](super::Scope::shows) shows, and inside connected networks
+    /// those that are more special.
     pub routes: Vec<HostRoute>,
 }
 

@@ -13,40 +13,26 @@ mod namespace;
 pub mod netlink;
 pub mod nftables;
 mod notifications;
+mod scope;
 pub mod sysctl;
 
-use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
-use ipnetwork::{Ipv4Network, Ipv6Network};
 
 pub use error::{DriverError, Errno};
 pub use host::{HostAddress, HostLink, HostRoute, HostView};
 pub use namespace::{NetworkNamespace, SocketSource};
+pub(crate) use scope::OnLink;
+pub use scope::{Scope, SeenRoute};
 
-use crate::plan::{Conflict, Domain, Key, Object, Owner, SysctlName, UnitPlan};
-use crate::types::{DeviceName, Stack};
+use crate::plan::{Conflict, Domain, Key, Object, Owner, UnitPlan};
+use crate::types::DeviceName;
 
 /// The stream that [`Driver::changes`] returns.
 pub type ChangeStream = BoxStream<'static, Change>;
-
-/// What belongs to this overlay, so that a driver can tell ours from others' with no memory of an earlier run.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Scope {
-    /// The devices that are to be ours. A device of such a name that is not ours by kind and alias is a conflict; one that
-    /// is ours by kind and alias under any other name is a leftover.
-    pub devices: BTreeSet<DeviceName>,
-    /// The cluster networks.
-    pub networks: Stack<Ipv4Network, Ipv6Network>,
-    /// Whether what flannel left is taken over (invariant 3): an unmarked VXLAN device of our name; a route inside a
-    /// cluster network, in the main table, metric 0 (IPv6: 1024), protocol boot, over a device of ours.
-    pub adopt: bool,
-    /// The sysctls whose values are wanted.
-    pub sysctls: BTreeSet<SysctlName>,
-}
 
 /// Everything that a driver found.
 #[derive(Debug, Clone, Default)]

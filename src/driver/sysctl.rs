@@ -79,7 +79,13 @@ impl SysctlDriver {
         let value = wanted.value.clone();
         let written =
             self.namespace.run(move || OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes()));
-        written.map_err(|e| refusal(attempted, &wanted.name, &e))
+        match written {
+            // As it is observed: see there.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && wanted.name.device().is_some() && wanted.value == "0" => {
+                Ok(())
+            }
+            written => written.map_err(|e| refusal(attempted, &wanted.name, &e)),
+        }
     }
 }
 
@@ -132,7 +138,12 @@ impl Driver for SysctlDriver {
                         let value = text.trim_end().to_owned();
                         objects.push((Object::Sysctl(Sysctl { name, value }), Owner::Ours));
                     }
-                    // The device or the module is not there.
+                    // A device without IPv6 listens to no router, and neither does one that is not there.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound && name.device().is_some() => {
+                        let value = "0".to_owned();
+                        objects.push((Object::Sysctl(Sysctl { name, value }), Owner::Ours));
+                    }
+                    // The module is not there.
                     Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                     Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
                 }

@@ -135,12 +135,12 @@ impl Engine {
                 let _ = reply.send(Ok(self.masquerade.clone()));
             }
             Command::SetMasquerade(policy, reply) => {
-                let report = match (self.set_masquerade(policy), self.not_ready()) {
-                    (Err(error), _) => Err(error.into()),
-                    (Ok(()), Some(_)) => Ok(Report::default()),
-                    (Ok(()), None) => Ok(self.converge(true).await),
+                self.set_masquerade(policy);
+                let report = match self.not_ready() {
+                    Some(_) => Report::default(),
+                    None => self.converge(true).await,
                 };
-                let _ = reply.send(report);
+                let _ = reply.send(Ok(report));
             }
             Command::Shutdown(_, reply) => {
                 let _ = reply.send(Err(Error::Stopped));
@@ -152,7 +152,7 @@ impl Engine {
     async fn look_now(&mut self) -> Result<(), Error> {
         if self.scope.is_some() {
             self.look_at_all().await?;
-            self.refresh_view();
+            self.refresh().await;
         }
         self.not_ready().map_or(Ok(()), Err)
     }

@@ -12,6 +12,7 @@ mod report;
 mod wish;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use self::command::{Command, Farewell};
 use self::control::{Control, Happened};
 use self::wish::{NoView, View};
 use crate::admission::{Admission, Policy, Reserved, Verdict, VerdictChange};
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, Underlay};
 use crate::clock::{Clock, Moment};
 use crate::driver::{Change, ChangeStream, Driver, DriverError, HostView, Scope};
 use crate::lease::LeaseEvent;
@@ -39,7 +40,7 @@ use crate::plan::{
 use crate::status::{Counters, PeerState, Phase, Report, Status};
 use crate::subnet::{LeaseRequest, SubnetManager};
 use crate::types::{DeviceName, Family, NodeName, Stack};
-use crate::underlay::{self, UnderlayChoice};
+use crate::underlay::UnderlayChoice;
 
 /// Hints are collected this long before the kernel is looked at, so that a flush is one look.
 const COLLECT: Duration = Duration::from_millis(20);
@@ -72,6 +73,8 @@ pub(crate) struct Settings {
     pub(crate) adopt: bool,
     pub(crate) forwarding: HostSetting,
     pub(crate) bridge_netfilter: HostSetting,
+    pub(crate) router_advertisements: HostSetting,
+    pub(crate) public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     pub(crate) check_period: Duration,
     pub(crate) clock: Arc<dyn Clock>,
 }
@@ -132,8 +135,8 @@ pub(crate) struct Engine {
     fights: u32,
     repaired: BTreeSet<Key>,
     repaired_at: Moment,
-    /// This node's own objects were all in the kernel once.
-    programmed: bool,
+    /// The families in which this node's own objects were all in the kernel once.
+    programmed: BTreeSet<Family>,
     running: bool,
     counters: Counters,
 }
@@ -192,7 +195,7 @@ impl Engine {
             fights: 0,
             repaired: BTreeSet::new(),
             repaired_at: Moment::ZERO,
-            programmed: false,
+            programmed: BTreeSet::new(),
             running: false,
             counters: Counters::default(),
             settings,
@@ -293,16 +296,30 @@ impl Engine {
         if !self.stale.is_empty() && (check || now >= self.look_at) {
             self.look().await;
         }
-        self.refresh_view();
+        self.refresh().await;
         if self.may_touch() {
             self.converge(false).await;
+        }
+    }
+
+    /// Brings this node's view up to date. Where that makes other things of the kernel ours to look at, it looks at them first.
+    async fn refresh(&mut self) {
+        self.refresh_view();
+        let (Some(network), Some(view)) = (&self.control.network, &self.view) else { return };
+        let scope = wish::scope(&self.settings, network.networks(), Some(&view.underlay.device));
+        if self.scope.as_ref() != Some(&scope) {
+            self.scope = Some(scope);
+            self.listen().await;
+            self.stale.extend(self.drivers.iter().map(|d| d.domain()));
+            self.look().await;
+            self.refresh_view();
         }
     }
 
     /// The scope follows from the network; without it nothing can be looked at.
     async fn open_scope(&mut self) {
         let Some(network) = &self.control.network else { return };
-        self.scope = Some(wish::scope(&self.settings, network.networks()));
+        self.scope = Some(wish::scope(&self.settings, network.networks(), None));
         self.listen().await;
         self.stale.extend(self.drivers.iter().map(|d| d.domain()));
     }
@@ -391,6 +408,11 @@ impl Engine {
             Change::Gone(key) if self.picture.get(&key).is_none() => vec![],
             Change::Gone(key) => vec![key.domain()],
             Change::Link(device) if !self.matters(&device) => vec![],
+            // A device that a backend's own driver made is that driver's to look at, too.
+            Change::Device(device) if self.scope.as_ref().is_some_and(|s| s.served.contains(&device)) => {
+                let custom = self.drivers.iter().map(|d| d.domain()).filter(|d| matches!(d, Domain::Custom(_)));
+                custom.chain([Domain::Netlink]).collect()
+            }
             Change::Device(_) | Change::Link(_) | Change::Host => vec![Domain::Netlink],
             Change::Domain(domain) => vec![domain],
             Change::Unknown => self.drivers.iter().map(|d| d.domain()).collect(),
@@ -467,12 +489,16 @@ impl Engine {
                 (Vec::new(), Some(PeerState::Refused(refusal)))
             }
             Some(Verdict::Admitted { backend, peer }) => {
-                let way =
-                    self.view.as_ref().and_then(|v| v.nodes.get(backend)).zip(self.settings.backends.get(backend));
-                match way.map(|(view, backend)| backend.peer(view, &peer)) {
+                let view = self.view.as_ref().and_then(|v| v.nodes.get(backend)?.as_ref());
+                let view = view.filter(|v| v.offer.endpoint(family).is_some());
+                match view.zip(self.settings.backends.get(backend)).map(|(view, backend)| backend.peer(view, &peer)) {
                     Some(Ok(objects)) => (objects, None),
                     Some(Err(unreachable)) => (Vec::new(), Some(PeerState::Unreachable { reason: unreachable.reason })),
-                    None => (Vec::new(), Some(PeerState::Pending)),
+                    None => {
+                        let trouble = self.view.as_ref().and_then(|v| v.trouble(family)).map(ToString::to_string);
+                        let reason = trouble.unwrap_or_else(|| format!("this node has no {family} way out by it"));
+                        (Vec::new(), Some(PeerState::Unreachable { reason }))
+                    }
                 }
             }
         };
@@ -510,7 +536,9 @@ impl Engine {
                 _ => None,
             })
             .collect();
-        match wish::view(&self.settings, network.networks(), lease, host, &devices) {
+        let sysctls = self.observed_sysctls();
+        let seen = wish::Seen { networks: network.networks(), lease, host, devices: &devices, sysctls: &sysctls };
+        match wish::view(&self.settings, &seen, self.view.as_ref()) {
             Ok(view) => {
                 self.no_view = None;
                 self.adopt_view(view);
@@ -526,26 +554,31 @@ impl Engine {
     }
 
     fn adopt_view(&mut self, view: View) {
-        let same = self.view.as_ref().is_some_and(|old| {
-            old.nodes == view.nodes
-                && old.blocking == view.blocking
-                && old.shadowing == view.shadowing
-                && old.policy == view.policy
-        });
-        if same {
+        if self.view.as_ref() == Some(&view) {
             return;
         }
-        let units = match wish::node_units(&self.settings, &self.masquerade, &view) {
-            Ok(units) => units,
-            Err(error) => {
-                tracing::warn!(%error, "this node cannot take part now");
-                self.no_view = Some(NoView::Backend(error));
-                return;
+        let before = self.view.as_ref();
+        let underlay = &view.underlay;
+        if before.is_none_or(|old| {
+            (&old.underlay.device, &old.underlay.addresses) != (&underlay.device, &underlay.addresses)
+        }) {
+            let addresses = addresses(underlay);
+            tracing::info!(device = %underlay.device, %addresses, mtu = %view.pod_mtu, why = view.why, "the underlay");
+        }
+        for (family, trouble) in &view.troubles {
+            if before.is_none_or(|old| old.trouble(*family) != Some(trouble)) {
+                tracing::warn!(%family, %trouble, "this node cannot take part in one family now");
             }
-        };
-        let nodes_changed = self.view.as_ref().is_none_or(|old| old.nodes != view.nodes);
+        }
+        let nodes_changed = before.is_none_or(|old| old.nodes != view.nodes);
+        // Whatever waits for another try may have waited for this.
+        if before.is_some_and(|old| old.underlay != view.underlay) {
+            let now = self.settings.clock.now();
+            self.failures.values_mut().for_each(|failure| failure.retry_at = now);
+        }
         let policy = view.policy.clone();
-        tracing::debug!(underlay = %view.underlay.device, mtu = %view.pod_mtu, "this node's view changed");
+        let units = wish::node_units(&self.settings, &self.masquerade, &view);
+        self.programmed.retain(|family| view.families.contains(family));
         self.view = Some(view);
         for (unit, objects) in units {
             self.want(unit, objects);
@@ -558,14 +591,13 @@ impl Engine {
     }
 
     /// The firewall rules of a new policy.
-    pub(super) fn set_masquerade(&mut self, policy: MasqueradePolicy) -> Result<(), BackendError> {
+    pub(super) fn set_masquerade(&mut self, policy: MasqueradePolicy) {
         if let Some(view) = &self.view {
-            for (unit, objects) in wish::node_units(&self.settings, &policy, view)? {
+            for (unit, objects) in wish::node_units(&self.settings, &policy, view) {
                 self.want(unit, objects);
             }
         }
         self.masquerade = policy;
-        Ok(())
     }
 
     fn set_policy(&mut self, policy: Policy) {
@@ -603,13 +635,14 @@ impl Engine {
         self.whole && self.view.is_some() && self.counters.checks > 0
     }
 
-    /// This node's devices are in the kernel as peers are told: nothing of them failed, and nothing of others is in the way.
-    fn stands(&self) -> bool {
-        let ground = |unit: &Unit| matches!(unit, Unit::Node(_));
+    /// This node's devices of a family are in the kernel as peers are told: nothing of them failed, and nothing of others is in
+    /// the way.
+    fn stands(&self, family: Family) -> bool {
+        let ground = Unit::Node(family);
         !self.unseen.contains_key(&Domain::Netlink)
-            && self.view.as_ref().is_some_and(|v| v.blocking.is_empty())
-            && !self.failures.keys().any(ground)
-            && !self.conflicts.keys().any(|key| self.desired.owner(key).is_some_and(ground))
+            && self.view.as_ref().is_some_and(|v| v.families.contains(&family) && !v.is_blocked(family))
+            && !self.failures.contains_key(&ground)
+            && !self.conflicts.keys().any(|key| self.desired.owner(key) == Some(&ground))
     }
 
     /// The difference as it is now. With `compare` of everything, else of the units that changed.
@@ -640,7 +673,7 @@ impl Engine {
 
     /// Makes the kernel as it should be. Units that wait for another try are left out unless `forced`.
     async fn converge(&mut self, forced: bool) -> Report {
-        let news = !self.changed.is_empty() || !self.programmed;
+        let news = !self.changed.is_empty() || self.programmed.is_empty();
         let Some(mut plan) = self.difference() else { return Report::default() };
         let now = self.settings.clock.now();
         self.leave_blocked(&mut plan);
@@ -668,23 +701,50 @@ impl Engine {
         for failure in self.failures.values_mut().filter(|f| now >= f.retry_at) {
             failure.retry_at = now + LOOK_AGAIN;
         }
-        if self.stands() {
-            self.programmed = true;
-            self.running = true;
-        }
+        let standing: Vec<Family> = Family::BOTH.into_iter().filter(|family| self.stands(*family)).collect();
+        self.programmed.extend(standing);
+        self.running |= !self.programmed.is_empty();
         report
     }
 
-    /// Takes out of a plan what must not be touched because the host itself uses those networks.
+    /// Takes out of a plan what must not be touched because the host itself uses those networks, and what is left of a family
+    /// that cannot work now: when it can, it comes back to what stood.
     fn leave_blocked(&self, plan: &mut Plan) {
-        let Some(view) = self.view.as_ref().filter(|v| !v.blocking.is_empty()) else { return };
+        let Some(view) = self.view.as_ref() else { return };
+        let idle = |family: Family| !view.families.contains(&family) && view.trouble(family).is_some();
+        if view.blocking.is_empty() && view.troubles.is_empty() {
+            return;
+        }
         plan.units.retain(|u| match &u.unit {
-            Unit::Host(family) | Unit::Node(family) | Unit::Firewall(family) | Unit::Peer(_, family) => {
-                !view.is_blocked(*family)
+            Unit::Host(family)
+            | Unit::Node(family)
+            | Unit::Devices(family)
+            | Unit::Firewall(family)
+            | Unit::Peer(_, family) => !view.is_blocked(*family),
+            Unit::Leftover(key) => {
+                let families = self.families_of(key);
+                !families.iter().any(|family| view.is_blocked(*family) || idle(*family))
             }
-            Unit::Leftover(_) => false,
         });
         plan.conflicts.extend(view.blocking.iter().map(|(_, c)| c.clone()));
+    }
+
+    /// The families that an object serves: both where it cannot be told.
+    fn families_of(&self, key: &Key) -> Vec<Family> {
+        match key {
+            Key::Address(_, network) | Key::Route(network, _) => vec![Family::of(network.ip())],
+            Key::Neighbour(_, address) | Key::Fdb(.., address) => vec![Family::of(*address)],
+            Key::Ruleset(family) => vec![*family],
+            Key::Link(name) => {
+                let has = |family: &Family| {
+                    let mut devices = self.settings.backends.iter().flat_map(|b| b.devices(*family));
+                    devices.any(|device| device.name == *name)
+                };
+                let served: Vec<Family> = Family::BOTH.into_iter().filter(has).collect();
+                if served.is_empty() { Family::BOTH.to_vec() } else { served }
+            }
+            Key::Sysctl(_) | Key::Custom(..) => Family::BOTH.to_vec(),
+        }
     }
 
     /// Takes out of a plan what would be done blindly: in a domain that could not be read.
@@ -754,25 +814,24 @@ impl Engine {
     /// Starts a job with the store when one is due: the kernel first, the announcement after.
     fn begin_job(&mut self) {
         let request = self.lease_request();
-        let ready = self.programmed && self.no_view.is_none() && self.stands();
-        let offers = self.view.as_ref().filter(|_| ready).map(View::offers);
+        let ready = |family: Family| self.programmed.contains(&family) && self.stands(family);
+        let known = self.view.as_ref().filter(|_| self.no_view.is_none()).zip(self.control.lease.as_ref());
+        let any = Family::BOTH.into_iter().any(ready);
+        let offers = known.filter(|_| any).map(|(view, lease)| view.offers(lease, ready));
         self.control.begin(request, offers);
     }
 
     fn lease_request(&mut self) -> Option<LeaseRequest> {
         let (network, host) = (self.control.network.as_ref()?, self.host.as_ref()?);
         let families: Vec<Family> = network.networks().families().collect();
-        match underlay::choose(host, &self.settings.underlay, &families) {
-            Ok((underlay, why)) => {
-                if self.view.is_none() && self.control.lease.is_none() {
-                    tracing::debug!(device = %underlay.device, why, "underlay");
-                }
+        match wish::choose(&self.settings, host, &families, self.view.as_ref().map(|v| &v.underlay)) {
+            Ok((underlay, _)) => {
                 if self.control.lease.is_none() {
                     self.no_view = None;
                 }
                 Some(LeaseRequest {
                     node: self.settings.node.clone(),
-                    underlay: underlay.addresses,
+                    underlay: wish::public(&self.settings, &underlay),
                     previous: self.view.as_ref().map(|v| v.policy.own_subnets).or(self.settings.previous),
                 })
             }
@@ -812,7 +871,14 @@ impl Engine {
         // Peers first: they stop sending before the way is gone.
         let released = if how == Shutdown::Leave { self.control.release().await } else { Ok(()) };
         let mut report = self.remove_state().await;
-        report.kept_settings = self.settings_made.iter().map(|(name, value)| format!("{name} = {value}")).collect();
+        // What was set on a device of ours went with it.
+        let ours = |name: &SysctlName| {
+            let device =
+                |device| self.scope.as_ref().is_some_and(|s| s.devices.contains(device) || s.served.contains(device));
+            name.device().is_some_and(device)
+        };
+        let kept = self.settings_made.iter().filter(|(name, _)| !ours(name));
+        report.kept_settings = kept.map(|(name, value)| format!("{name} = {value}")).collect();
         report.lease_kept = released.err().map(|error| error.to_string());
         Ok(report)
     }
@@ -845,6 +911,12 @@ impl Engine {
         }
         report
     }
+}
+
+/// The addresses of an underlay, for people.
+fn addresses(underlay: &Underlay) -> String {
+    let list: Vec<String> = Family::BOTH.iter().filter_map(|f| underlay.address(*f)).map(|a| a.to_string()).collect();
+    list.join(" ")
 }
 
 /// The next whole second, so that many units that wait long are tried together, after one look.

@@ -9,7 +9,8 @@ use crate::error::Error;
 use crate::lease::Lease;
 use crate::plan::Unit;
 use crate::status::{
-    Condition, ConditionKind, ConditionState, PeerCounts, PeerFamily, PeerState, PeerStatus, Phase, Status,
+    Condition, ConditionKind, ConditionState, FamilyStatus, PeerCounts, PeerFamily, PeerState, PeerStatus, Phase,
+    Status,
 };
 use crate::types::{Family, NodeName};
 
@@ -71,6 +72,7 @@ impl Engine {
             conflicts,
             more_conflicts,
             warnings,
+            families: self.families(&troubled),
             counters: self.counters,
         }
     }
@@ -94,9 +96,8 @@ impl Engine {
             (Some(error), _) => failed(kind, error.to_string()),
             (None, Some(view)) => {
                 let u = &view.underlay;
-                let addresses: Vec<String> =
-                    view.families.iter().filter_map(|f| u.address(*f)).map(|a| a.to_string()).collect();
-                met(kind, format!("{} {} mtu {}", u.device, addresses.join(" "), u.mtu))
+                let found = format!("{} {} mtu {}: {}", u.device, super::addresses(u), u.mtu, view.why);
+                if u.up { met(kind, found) } else { failed(kind, format!("{} is down ({found})", u.device)) }
             }
             (None, None) => waiting(kind, "needs this node's lease first"),
         }
@@ -124,14 +125,14 @@ impl Engine {
         if let Some((_, conflict)) = self.view.iter().flat_map(|v| &v.blocking).next() {
             return failed(kind, conflict.to_string());
         }
-        let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Firewall(_));
+        let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Devices(_) | Unit::Firewall(_));
         if let Some((unit, failure)) = self.failures.iter().find(|(unit, _)| own(unit)) {
             return failed(kind, format!("{unit}: {}", failure.error));
         }
         let stops_us = self.conflicts.values().find(|c| self.desired.owner(&c.object).is_none_or(own));
         match stops_us {
             Some(conflict) => failed(kind, conflict.to_string()),
-            None if self.programmed => met(kind, format!("{} objects in place", self.desired.len())),
+            None if !self.programmed.is_empty() => met(kind, format!("{} objects in place", self.desired.len())),
             None => waiting(kind, "needs this node and its peers to be known first"),
         }
     }
@@ -141,7 +142,7 @@ impl Engine {
         let (Some(lease), Some(view)) = (&self.control.lease, &self.view) else {
             return waiting(kind, "needs this node's lease first");
         };
-        let offers = view.offers();
+        let offers = view.offers(lease, |_| true);
         if lease.offers == offers {
             let kinds: Vec<&str> = offers.iter().map(|o| o.backend.as_str()).collect();
             return met(kind, format!("peers know how to reach this node: {}", kinds.join(", ")));
@@ -149,6 +150,56 @@ impl Engine {
         match self.control.trouble() {
             Some(trouble) => failed(kind, trouble.to_string()),
             None => waiting(kind, "the kernel comes first"),
+        }
+    }
+
+    /// Each family of the lease by itself.
+    fn families(&self, troubled: &BTreeSet<&NodeName>) -> Vec<FamilyStatus> {
+        let (Some(lease), Some(network)) = (&self.control.lease, &self.control.network) else { return Vec::new() };
+        let networks = network.networks();
+        let held = networks.families().filter(|family| lease.subnets.has(*family));
+        held.map(|family| {
+            let (state, message) = self.family(lease, family);
+            let peers = self.admission.as_ref().map_or(0, |admission| admission.count(family));
+            let lost = troubled.iter().filter(|node| self.trouble_of(node, family).is_some()).count();
+            let connected = if self.no_ground(family).is_none() { peers.saturating_sub(lost) } else { 0 };
+            FamilyStatus { family, state, message, peers, connected }
+        })
+        .collect()
+    }
+
+    fn family(&self, lease: &Lease, family: Family) -> (ConditionState, String) {
+        let Some(view) = &self.view else {
+            let why = self.no_view.as_ref().map(ToString::to_string);
+            let state = if why.is_some() { ConditionState::Failed } else { ConditionState::Waiting };
+            return (state, why.unwrap_or_else(|| "this node is not known yet".to_owned()));
+        };
+        if let Some(trouble) = view.trouble(family) {
+            return (ConditionState::Failed, trouble.to_string());
+        }
+        let own = [Unit::Host(family), Unit::Devices(family), Unit::Firewall(family)];
+        if let Some(failure) = own.iter().find_map(|unit| self.failures.get(unit)) {
+            return (ConditionState::Failed, failure.error.to_string());
+        }
+        let in_the_way =
+            self.conflicts.values().find(|c| self.desired.owner(&c.object).is_some_and(|u| own.contains(u)));
+        if let Some(conflict) = in_the_way {
+            return (ConditionState::Failed, conflict.to_string());
+        }
+        if let Some(missing) = self.no_ground(family) {
+            return missing;
+        }
+        let published = view.offers(lease, |_| true).iter().all(|offer| {
+            let known = lease.offer(&offer.backend).and_then(|known| known.endpoint(family));
+            known == offer.endpoint(family)
+        });
+        let addresses = view.underlay.address(family).map(|a| a.to_string()).unwrap_or_default();
+        match published {
+            true => {
+                let subnet = lease.subnet(family).map(|n| n.to_string()).unwrap_or_default();
+                (ConditionState::Met, format!("{subnet} at {addresses}"))
+            }
+            false => (ConditionState::Waiting, "peers have not been told yet how this node is reached".to_owned()),
         }
     }
 
@@ -203,7 +254,7 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let cut_off = || self.no_ground(family).map(|reason| PeerState::Unreachable { reason });
+                let cut_off = || self.no_ground(family).map(|(_, reason)| PeerState::Unreachable { reason });
                 let state = self.trouble_of(&lease.node, family).or_else(cut_off);
                 let state = state.or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
@@ -213,18 +264,24 @@ impl Engine {
     }
 
     /// Why this node itself is not in its network in a family, so that no peer can be reached.
-    fn no_ground(&self, family: Family) -> Option<String> {
+    fn no_ground(&self, family: Family) -> Option<(ConditionState, String)> {
         let ground = Unit::Node(family);
         let blocking = self.view.iter().flat_map(|view| &view.blocking).find(|(of, _)| *of == family);
         let in_the_way = || self.conflicts.iter().find(|(key, _)| self.desired.owner(key) == Some(&ground));
         let conflict = blocking.map(|(_, conflict)| conflict).or_else(|| in_the_way().map(|(_, conflict)| conflict));
         if let Some(conflict) = conflict {
-            return Some(conflict.to_string());
+            return Some((ConditionState::Failed, conflict.to_string()));
         }
         if let Some(failure) = self.failures.get(&ground) {
-            return Some(failure.error.to_string());
+            return Some((ConditionState::Failed, failure.error.to_string()));
         }
-        (!self.programmed).then(|| "this node is not programmed yet".to_owned())
+        if self.programmed.contains(&family) {
+            return None;
+        }
+        Some(match self.view.as_ref().and_then(|view| view.trouble(family)) {
+            Some(trouble) => (ConditionState::Failed, trouble.to_string()),
+            None => (ConditionState::Waiting, "this node is not programmed yet".to_owned()),
+        })
     }
 
     fn connected(&self, verdict: &Verdict) -> Option<PeerState> {

@@ -1,6 +1,6 @@
-//! The wish: units of objects, each object wanted by one unit.
+//! The wish: units of objects. An object that several units want is made by one of them and lives as long as any wants it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use serde::Serialize;
@@ -17,6 +17,8 @@ pub enum Unit {
     Host(Family),
     /// This node's own devices and addresses in a family.
     Node(Family),
+    /// Settings of this node's own devices in a family, applied once they are there; nothing rests on them.
+    Devices(Family),
     /// The firewall rules of a family.
     Firewall(Family),
     /// What one peer needs in one family.
@@ -30,6 +32,7 @@ impl fmt::Display for Unit {
         match self {
             Unit::Host(family) => write!(f, "host settings, {family}"),
             Unit::Node(family) => write!(f, "this node, {family}"),
+            Unit::Devices(family) => write!(f, "settings of this node's devices, {family}"),
             Unit::Firewall(family) => write!(f, "firewall, {family}"),
             Unit::Peer(name, family) => write!(f, "peer {name}, {family}"),
             Unit::Leftover(key) => write!(f, "leftover {key}"),
@@ -39,11 +42,14 @@ impl fmt::Display for Unit {
 
 /// All that is wanted of the kernel.
 ///
-/// A key belongs to the unit that asked for it last; admission has seen to it that no two peers want one.
+/// A key belongs to the first of the units that want it, in the order of units: a device that both families share is made with
+/// IPv4, and passes to IPv6 when IPv4 goes. Admission has seen to it that no two peers want one.
 #[derive(Debug, Clone, Default)]
 pub struct Desired {
     units: BTreeMap<Unit, Vec<Object>>,
     owners: HashMap<Key, Unit>,
+    /// Who else wants what has an owner. Few keys are shared, so that they are kept apart from the many.
+    shared: HashMap<Key, BTreeSet<Unit>>,
 }
 
 impl Desired {
@@ -56,18 +62,44 @@ impl Desired {
     pub fn set(&mut self, unit: Unit, objects: Vec<Object>) -> Vec<Object> {
         let before = self.units.remove(&unit).unwrap_or_default();
         for object in &before {
-            let key = object.key();
-            if self.owners.get(&key) == Some(&unit) {
-                self.owners.remove(&key);
-            }
+            self.disown(&unit, &object.key());
         }
         if !objects.is_empty() {
             for object in &objects {
-                self.owners.insert(object.key(), unit.clone());
+                self.own(&unit, object.key());
             }
             self.units.insert(unit, objects);
         }
         before
+    }
+
+    fn own(&mut self, unit: &Unit, key: Key) {
+        match self.owners.get_mut(&key) {
+            None => {
+                self.owners.insert(key, unit.clone());
+            }
+            Some(owner) if owner == unit => {}
+            Some(owner) => {
+                let other = if *unit < *owner { std::mem::replace(owner, unit.clone()) } else { unit.clone() };
+                self.shared.entry(key).or_default().insert(other);
+            }
+        }
+    }
+
+    fn disown(&mut self, unit: &Unit, key: &Key) {
+        let others = self.shared.get_mut(key);
+        if self.owners.get(key) != Some(unit) {
+            if let Some(others) = others {
+                others.remove(unit);
+            }
+        } else if let Some(heir) = others.and_then(BTreeSet::pop_first) {
+            self.owners.insert(key.clone(), heir);
+        } else {
+            self.owners.remove(key);
+        }
+        if self.shared.get(key).is_some_and(BTreeSet::is_empty) {
+            self.shared.remove(key);
+        }
     }
 
     /// What a unit wants, in order.
@@ -98,5 +130,31 @@ impl Desired {
     /// Whether nothing is wanted.
     pub fn is_empty(&self) -> bool {
         self.owners.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Address;
+
+    fn address(address: &str) -> Object {
+        Object::Address(Address { device: "wg0".parse().unwrap(), address: address.parse().unwrap() })
+    }
+
+    #[test]
+    fn what_two_units_want_is_the_first_ones_and_outlives_either() {
+        let (shared, v4, v6) = (address("10.42.0.0/32"), Unit::Node(Family::V4), Unit::Node(Family::V6));
+        let mut desired = Desired::new();
+        desired.set(v6.clone(), vec![shared.clone()]);
+        desired.set(v4.clone(), vec![shared.clone(), address("10.42.1.0/32")]);
+        assert_eq!((desired.owner(&shared.key()), desired.len()), (Some(&v4), 2));
+        desired.set(v4.clone(), Vec::new());
+        assert_eq!((desired.owner(&shared.key()), desired.get(&shared.key())), (Some(&v6), Some(&shared)));
+        desired.set(v4.clone(), vec![shared.clone()]);
+        desired.set(v6.clone(), Vec::new());
+        assert_eq!(desired.owner(&shared.key()), Some(&v4));
+        desired.set(v4, Vec::new());
+        assert!(desired.is_empty() && desired.shared.is_empty());
     }
 }

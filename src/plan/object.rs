@@ -165,7 +165,8 @@ impl Object {
             Object::Neighbour(o) => Some(&o.device),
             Object::Fdb(o) => Some(&o.device),
             Object::Route(o) => o.next.device(),
-            Object::Sysctl(_) | Object::Ruleset(_) | Object::Custom(_) => None,
+            Object::Sysctl(o) => o.name.device(),
+            Object::Ruleset(_) | Object::Custom(_) => None,
         }
     }
 }
@@ -397,12 +398,16 @@ impl NextHop {
 
 /// The name of a value under `/proc/sys/net`, in the form with slashes (`net/ipv4/ip_forward`): a device's dot stays a dot.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct SysctlName(String);
+#[serde(from = "String", into = "String")]
+pub struct SysctlName {
+    path: String,
+    device: Option<DeviceName>,
+}
 
 impl SysctlName {
     /// Forwarding between devices for a family.
     pub fn forwarding(family: Family) -> Self {
-        SysctlName(
+        SysctlName::from(
             match family {
                 Family::V4 => "net/ipv4/ip_forward",
                 Family::V6 => "net/ipv6/conf/all/forwarding",
@@ -413,7 +418,7 @@ impl SysctlName {
 
     /// Whether bridged packets of a family pass the firewall (`br_netfilter`).
     pub fn bridge_netfilter(family: Family) -> Self {
-        SysctlName(
+        SysctlName::from(
             match family {
                 Family::V4 => "net/bridge/bridge-nf-call-iptables",
                 Family::V6 => "net/bridge/bridge-nf-call-ip6tables",
@@ -422,26 +427,46 @@ impl SysctlName {
         )
     }
 
-    /// Whether a device listens to router advertisements.
+    /// Whether a device listens to router advertisements: 0 never, 1 unless the host forwards, 2 always.
     pub fn accept_ra(device: &DeviceName) -> Self {
-        SysctlName(format!("net/ipv6/conf/{device}/accept_ra"))
+        SysctlName::from(format!("net/ipv6/conf/{device}/accept_ra"))
     }
 
     /// The path below `/proc/sys/`.
     pub fn path(&self) -> &str {
-        &self.0
+        &self.path
+    }
+
+    /// The device whose value it is, and with which it goes.
+    pub fn device(&self) -> Option<&DeviceName> {
+        self.device.as_ref()
+    }
+}
+
+impl From<String> for SysctlName {
+    fn from(path: String) -> Self {
+        let of_device = path.strip_prefix("net/ipv6/conf/").or_else(|| path.strip_prefix("net/ipv4/conf/"));
+        let device = of_device.and_then(|rest| rest.split_once('/')).map(|(device, _)| device);
+        let device = device.filter(|d| !matches!(*d, "all" | "default")).and_then(|d| d.parse().ok());
+        SysctlName { path, device }
+    }
+}
+
+impl From<SysctlName> for String {
+    fn from(name: SysctlName) -> String {
+        name.path
     }
 }
 
 impl fmt::Display for SysctlName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.path)
     }
 }
 
 impl fmt::Debug for SysctlName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.path)
     }
 }
 

@@ -264,9 +264,11 @@ async fn a_node_with_one_family_of_two_reaches_its_peers_in_that_one() {
     let mut dual = peer(1);
     dual.subnets = Stack::Dual("10.42.1.0/24".parse().unwrap(), "2001:db8:42:1::/64".parse().unwrap());
     subnets.faults().inject(dual);
-    let running = start(&kernel, &subnets).await;
-    let status = running.until(|s| s.peers.total == 1).await;
+    let running = spawn(builder(&kernel, subnets)).await;
+    let status = running.until(|s| s.is_ready_in(Family::V4) && s.peers.total == 1).await;
     assert_eq!((status.peers.connected, status.peers.failing), (1, 0), "{status}");
+    assert!(!status.is_ready() && !status.is_ready_in(Family::V6), "the lease promises two families: {status}");
+    assert!(status.to_string().contains("IPv6 Failed: the underlay eth0 has no IPv6 address"), "{status}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,8 @@
 //! The VXLAN backend of [podnet](https://docs.rs/podnet): wire and format compatible with flannel's.
 //!
 //! One device a family (`flannel.<VNI>`, `flannel-v6.<VNI>`); for each peer a permanent neighbour, a forwarding entry
-//! and a route, as flannel programs them. Everything here is pure: it says what is wanted and touches nothing.
+//! and a route, as flannel programs them. With [direct routing](Vxlan::direct_routing), a peer on the same layer 2 costs one
+//! plain route instead, and its packets go without encapsulation. Everything here is pure: it says what is wanted and touches nothing.
 //!
 //! ```
 //! use podnet::backend::Backend;
@@ -22,11 +23,11 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use podnet::backend::{
-    AdmittedPeer, Backend, BackendError, Capabilities, NodeView, OfferContext, Underlay, Unreachable,
+    AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext, Reach, Underlay, Unreachable,
 };
-use podnet::lease::{BackendData, BackendKind, Endpoint, Offer};
+use podnet::lease::{BackendData, BackendKind, Endpoint};
 use podnet::plan::{Address, Fdb, Link, LinkKind, Neighbour, NextHop, Object, Route};
-use podnet::types::{DeviceName, Family, MacAddr, Mtu, Stack};
+use podnet::types::{DeviceName, Family, MacAddr, Mtu};
 
 use data::VtepData;
 pub use options::{InvalidOption, Vxlan};
@@ -44,34 +45,22 @@ impl Backend for Vxlan {
         Capabilities { encrypts: false, needs_layer2: false, overhead_v4: 50, overhead_v6: 70 }
     }
 
-    fn devices(&self, families: &[Family]) -> Vec<DeviceName> {
-        families.iter().filter_map(|family| self.device(*family).ok()).collect()
+    fn devices(&self, family: Family) -> Vec<Device> {
+        self.device(family).into_iter().map(Device::of_netlink).collect()
     }
 
-    fn pod_mtu(&self, underlay: &Underlay, families: &[Family]) -> Result<Mtu, BackendError> {
-        families
-            .iter()
-            .map(|family| self.device_mtu(underlay, *family))
-            .try_fold(None, |least: Option<Mtu>, mtu| {
-                let mtu = mtu?;
-                Ok(Some(least.map_or(mtu, |l| l.min(mtu))))
-            })?
-            .ok_or_else(|| refuse("the overlay has no family on this node".to_owned()))
+    fn mtu(&self, underlay: &Underlay, family: Family) -> Result<Mtu, BackendError> {
+        self.device_mtu(underlay, family)
     }
 
-    fn offer(&self, cx: &OfferContext<'_>) -> Result<Offer, BackendError> {
-        let wanted = |family| cx.families.contains(&family);
-        let v4 = match cx.underlay.addresses.v4().filter(|_| wanted(Family::V4)) {
-            Some(address) => Some(Endpoint { public_ip: *address, data: self.data(cx, Family::V4)? }),
-            None => None,
-        };
-        let v6 = match cx.underlay.addresses.v6().filter(|_| wanted(Family::V6)) {
-            Some(address) => Some(Endpoint { public_ip: *address, data: self.data(cx, Family::V6)? }),
-            None => None,
-        };
-        let endpoints = Stack::from_halves(v4, v6)
-            .ok_or_else(|| refuse(format!("{} has no address of a family of the overlay", cx.underlay.device)))?;
-        Ok(Offer { backend: KIND, endpoints })
+    /// The MAC, in this order: what peers know already, what the device has, one that depends on this node's name alone.
+    fn offer(&self, cx: &OfferContext<'_>) -> Result<BackendData, BackendError> {
+        let published = || cx.earlier?.decode::<VtepData>().ok().map(|data| data.mac);
+        let device = self.device(cx.family)?;
+        let observed = || cx.devices.iter().find(|link| link.name == device).map(|link| link.mac);
+        let mac = published().filter(|mac| mac.is_usable()).or_else(observed).filter(|mac| mac.is_usable());
+        let mac = mac.unwrap_or_else(|| MacAddr::derived(format!("{}/{device}", cx.node).as_bytes()));
+        BackendData::encode(&VtepData { vni: Some(self.vni.get().into()), mac }).map_err(|e| refuse(e.to_string()))
     }
 
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
@@ -114,7 +103,10 @@ impl Backend for Vxlan {
         ])
     }
 
-    fn peer(&self, _: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
+    fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
+        if self.direct_routing && view.underlay.reach(peer.endpoint.public_ip) == Reach::OnLink {
+            return Ok(vec![self.direct_route(view, peer)]);
+        }
         let unreachable = |reason: String| Unreachable { reason };
         let device = self.device(peer.family()).map_err(|e| unreachable(e.to_string()))?;
         let data: VtepData = peer.endpoint.data.decode().map_err(|e| unreachable(e.to_string()))?;
@@ -133,6 +125,20 @@ impl Backend for Vxlan {
 }
 
 impl Vxlan {
+    /// What takes the tunnel's place where a peer is on the same layer 2. The route has the tunnel's key: going from one to the
+    /// other replaces it in place.
+    fn direct_route(&self, view: &NodeView, peer: &AdmittedPeer) -> Object {
+        Object::Route(Route {
+            destination: peer.subnet,
+            metric: Route::default_metric(peer.family()),
+            next: NextHop::Gateway {
+                device: view.underlay.device.clone(),
+                address: peer.endpoint.public_ip,
+                onlink: false,
+            },
+        })
+    }
+
     /// The device of a family, named as flannel names it.
     fn device(&self, family: Family) -> Result<DeviceName, BackendError> {
         let name = match family {
@@ -157,20 +163,6 @@ impl Vxlan {
                 underlay.device
             ))
         })
-    }
-
-    /// What is published in a family. The MAC, in this order: what peers know already, what the device has, one that
-    /// depends on this node's name alone.
-    fn data(&self, cx: &OfferContext<'_>, family: Family) -> Result<BackendData, BackendError> {
-        let published = || {
-            let data: VtepData = cx.earlier?.endpoint(family)?.data.decode().ok()?;
-            Some(data.mac)
-        };
-        let device = self.device(family)?;
-        let observed = || cx.devices.iter().find(|link| link.name == device).map(|link| link.mac);
-        let mac = published().filter(|mac| mac.is_usable()).or_else(observed).filter(|mac| mac.is_usable());
-        let mac = mac.unwrap_or_else(|| MacAddr::derived(format!("{}/{device}", cx.node).as_bytes()));
-        BackendData::encode(&VtepData { vni: Some(self.vni.get().into()), mac }).map_err(|e| refuse(e.to_string()))
     }
 }
 

@@ -12,6 +12,7 @@ use podnet::types::{InvalidMtu, InvalidVni, Mtu, Vni};
 /// | MTU of the underlay | that of the underlay's device | 118 to 65 535 bytes | `MTU` |
 /// | GBP | off | | `GBP` |
 /// | learning | off | | `Learning` |
+/// | direct routing | off | | `DirectRouting` |
 /// | transmit checksum offload | left alone | | none |
 ///
 /// All nodes of a cluster need the same VNI, port and GBP.
@@ -22,6 +23,7 @@ pub struct Vxlan {
     pub(crate) mtu: Option<Mtu>,
     pub(crate) gbp: bool,
     pub(crate) learning: bool,
+    pub(crate) direct_routing: bool,
     pub(crate) tx_checksum_offload: Option<bool>,
 }
 
@@ -62,12 +64,13 @@ impl Vxlan {
             mtu: None,
             gbp: false,
             learning: false,
+            direct_routing: false,
             tx_checksum_offload: None,
         }
     }
 
     /// With the options of the `Backend` section of a net-conf.json, by flannel's rules: keys in any case, 0 or absent for a
-    /// default. `DirectRouting` is read and refused: it is not there yet.
+    /// default.
     ///
     /// ```
     /// use podnet::config::NetConf;
@@ -100,9 +103,7 @@ impl Vxlan {
             }
             options.gbp = fields.boolean("GBP").unwrap_or(false);
             options.learning = fields.boolean("Learning").unwrap_or(false);
-            if fields.boolean("DirectRouting") == Some(true) {
-                fields.refuse("DirectRouting", "false: direct routing is not supported yet");
-            }
+            options.direct_routing = fields.boolean("DirectRouting").unwrap_or(false);
             options
         })
     }
@@ -150,6 +151,14 @@ impl Vxlan {
     /// Turns learning from received packets on or off. With it, whoever can send to the port can move a MAC.
     pub fn learning(mut self, on: bool) -> Self {
         self.learning = on;
+        self
+    }
+
+    /// Reaches peers on the same layer 2 by a plain route, and others through the tunnel. Which they are follows from the host's
+    /// routes ([`Underlay::reach`](podnet::backend::Underlay::reach)), and is followed when those change. Pods keep the MTU of
+    /// the tunnel: a peer may move behind it at any time.
+    pub fn direct_routing(mut self, on: bool) -> Self {
+        self.direct_routing = on;
         self
     }
 

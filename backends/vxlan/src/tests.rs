@@ -1,27 +1,38 @@
 //! The backend is pure: everything about it can be asked without a kernel.
 
 use podnet::backend::{AdmittedPeer, Backend, NodeView, OfferContext, Underlay};
+use podnet::driver::HostRoute;
 use podnet::lease::{BackendData, Endpoint, Offer};
 use podnet::plan::{Link, LinkKind, Object};
 use podnet::types::{Family, MacAddr, Mtu, NodeName, Stack};
 
 use super::*;
 
+fn route(destination: &str, gateway: Option<&str>) -> HostRoute {
+    HostRoute {
+        destination: destination.parse().unwrap(),
+        device: Some("ens4".parse().unwrap()),
+        gateway: gateway.map(|g| g.parse().unwrap()),
+        source: None,
+        metric: 100,
+        protocol: 16,
+    }
+}
+
 fn underlay(mtu: u32) -> Underlay {
     Underlay {
         device: "ens4".parse().unwrap(),
         mtu: Mtu::new(mtu).unwrap(),
         addresses: Stack::Dual("10.240.0.103".parse().unwrap(), "fd00::3".parse().unwrap()),
-        on_link: vec!["10.240.0.1/32".parse().unwrap()],
+        up: true,
+        routes: vec![route("0.0.0.0/0", Some("10.240.0.1")), route("10.240.0.1/32", None)],
     }
 }
 
-fn offer(backend: &Vxlan, earlier: Option<&Offer>, devices: &[Link]) -> Offer {
+fn offer(backend: &Vxlan, earlier: Option<&BackendData>, devices: &[Link]) -> BackendData {
     let node: NodeName = "rke-52b280-2".parse().unwrap();
     let underlay = underlay(1460);
-    backend
-        .offer(&OfferContext { node: &node, families: &[Family::V4], earlier, underlay: &underlay, devices })
-        .unwrap()
+    backend.offer(&OfferContext { node: &node, family: Family::V4, earlier, underlay: &underlay, devices }).unwrap()
 }
 
 fn view(backend: &Vxlan) -> NodeView {
@@ -30,12 +41,14 @@ fn view(backend: &Vxlan) -> NodeView {
         networks: Stack::V4("10.42.0.0/16".parse().unwrap()),
         subnets: Stack::V4("10.42.2.0/24".parse().unwrap()),
         underlay: underlay(1460),
-        offer: offer(backend, None, &[]),
+        offer: Offer {
+            backend: KIND,
+            endpoints: Stack::V4(Endpoint {
+                public_ip: "10.240.0.103".parse().unwrap(),
+                data: offer(backend, None, &[]),
+            }),
+        },
     }
-}
-
-fn data(offer: &Offer) -> String {
-    offer.endpoints.v4().unwrap().data.as_str().to_owned()
 }
 
 fn endpoint(data: &str) -> Endpoint<IpAddr> {
@@ -83,26 +96,20 @@ fn a_peer_costs_a_neighbour_a_forwarding_entry_and_then_a_route() {
 fn what_is_published_is_flannels_text_to_the_byte() {
     let backend = Vxlan::new();
     let mac = MacAddr::derived(b"rke-52b280-2/flannel.1");
-    assert_eq!(data(&offer(&backend, None, &[])), format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#));
+    assert_eq!(offer(&backend, None, &[]).as_str(), format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#));
 }
 
 #[test]
 fn the_mac_that_peers_know_outlives_a_restart_and_the_device() {
     let backend = Vxlan::new();
-    let known = |mac: &str| Offer {
-        backend: KIND,
-        endpoints: Stack::V4(Endpoint {
-            public_ip: "10.240.0.103".parse().unwrap(),
-            data: BackendData::from_text(&format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#)).unwrap(),
-        }),
-    };
+    let known = |mac: &str| BackendData::from_text(&format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#)).unwrap();
     let device = |mac: &str| {
         let objects = backend.node(&view(&backend), Family::V4).unwrap();
         let Some(Object::Link(link)) = objects.into_iter().next() else { panic!("the first object is the device") };
         Link { mac: mac.parse().unwrap(), ..link }
     };
     let (published, observed) = ("c6:d2:32:6f:8f:44", "aa:bb:cc:dd:ee:02");
-    let with = |earlier: Option<&Offer>, devices: &[Link]| data(&offer(&backend, earlier, devices));
+    let with = |earlier: Option<&BackendData>, devices: &[Link]| offer(&backend, earlier, devices).as_str().to_owned();
     assert!(with(Some(&known(published)), &[device(observed)]).contains(published), "what peers know comes first");
     assert!(with(None, &[device(observed)]).contains(observed), "then what the device has");
     assert!(
@@ -111,12 +118,12 @@ fn the_mac_that_peers_know_outlives_a_restart_and_the_device() {
 }
 
 #[test]
-fn ipv6_costs_twenty_bytes_more_and_pods_get_the_smaller_mtu() {
+fn ipv6_costs_twenty_bytes_more() {
     let backend = Vxlan::new();
-    let least = |families: &[Family]| backend.pod_mtu(&underlay(1500), families).unwrap().bytes();
-    assert_eq!((least(&[Family::V4]), least(&[Family::V6]), least(&Family::BOTH)), (1450, 1430, 1430));
-    assert_eq!(Vxlan::new().underlay_mtu(9000).unwrap().pod_mtu(&underlay(1500), &[Family::V4]).unwrap().bytes(), 8950);
-    let small = backend.pod_mtu(&underlay(1300), &[Family::V6]).unwrap_err();
+    let of = |family| backend.mtu(&underlay(1500), family).unwrap().bytes();
+    assert_eq!((of(Family::V4), of(Family::V6)), (1450, 1430));
+    assert_eq!(Vxlan::new().underlay_mtu(9000).unwrap().mtu(&underlay(1500), Family::V4).unwrap().bytes(), 8950);
+    let small = backend.mtu(&underlay(1300), Family::V6).unwrap_err();
     assert!(small.to_string().contains("1280"), "IPv6 needs 1280 bytes: {small}");
 }
 
@@ -152,10 +159,12 @@ fn options_come_from_net_conf_by_flannels_rules() {
         Vxlan::from_config(&podnet::config::NetConf::from_json(&text).unwrap().for_assigned_subnets().unwrap())
     };
     assert_eq!(read(r#"{"Type":"vxlan"}"#).unwrap(), Vxlan::new());
-    let all = read(r#"{"type":"VXLAN","vni":7,"PORT":4789,"mtu":1400,"gbp":true,"learning":true}"#).unwrap();
+    let all =
+        read(r#"{"type":"VXLAN","vni":7,"PORT":4789,"mtu":1400,"gbp":true,"learning":true,"directrouting":true}"#)
+            .unwrap();
     let same = Vxlan::new().vni(7).unwrap().port(4789).unwrap().underlay_mtu(1400).unwrap().gbp(true).learning(true);
-    assert_eq!(all, same);
-    let refused = read(r#"{"Type":"vxlan","VNI":"7","Port":70000,"MTU":20,"DirectRouting":true}"#).unwrap_err();
+    assert_eq!(all, same.direct_routing(true));
+    let refused = read(r#"{"Type":"vxlan","VNI":"7","Port":70000,"MTU":20,"DirectRouting":1}"#).unwrap_err();
     for field in ["VNI", "Port", "MTU", "DirectRouting"] {
         assert!(refused.to_string().contains(field), "{field} is missing from: {refused}");
     }
@@ -169,4 +178,23 @@ fn options_reach_the_device() {
     let LinkKind::Vxlan(vxlan) = &link.kind else { panic!("a VXLAN device") };
     assert_eq!((vxlan.vni.get(), vxlan.port, vxlan.gbp, vxlan.learning), (7, 4789, true, true));
     assert_eq!((link.name.as_str(), link.tx_checksum_offload), ("flannel.7", Some(false)));
+}
+
+#[test]
+fn with_direct_routing_a_peer_on_the_same_layer_2_costs_one_route_and_others_go_through_the_tunnel() {
+    let backend = Vxlan::new().direct_routing(true);
+    let peer = AdmittedPeer {
+        name: "rke-52b280-0".parse().unwrap(),
+        subnet: "10.42.0.0/24".parse().unwrap(),
+        endpoint: endpoint(r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#),
+    };
+    let text = |view: &NodeView| {
+        backend.peer(view, &peer).unwrap().iter().map(Object::to_string).collect::<Vec<_>>().join("; ")
+    };
+    let mut near = view(&backend);
+    assert!(text(&near).contains("onlink"), "behind a gateway: the tunnel");
+    near.underlay.routes.push(route("10.240.0.0/24", None));
+    assert_eq!(text(&near), "route 10.42.0.0/24 via 10.240.0.101 dev ens4");
+    near.underlay.routes.push(route("10.240.0.101/32", Some("10.240.0.1")));
+    assert!(text(&near).contains("onlink"), "a more special route leads behind the gateway again");
 }

@@ -141,7 +141,7 @@ impl Ear {
         let requester = &mut self.requester;
         let links = observe::dump(requester, "links", link::dump(), link::decode).await?;
         let mut remotes = HashMap::new();
-        for link in links.iter().filter(|link| observe::ours(link, &self.scope).is_some()) {
+        for link in links.iter().filter(|link| observe::carries_ours(link, &self.scope)) {
             let fdb = observe::dump(requester, "forwarding entries", neighbour::dump_fdb(link.index), |message| {
                 neighbour::decode(message).filter(|n| n.fdb && n.permanent && n.index == link.index)
             });
@@ -247,7 +247,7 @@ impl Ear {
         }
         // A device that is renamed concerns whoever wanted either name.
         for name in before.iter().chain([&link]).filter_map(|link| link.name.clone()) {
-            let ours = self.scope.devices.contains(&name);
+            let ours = self.scope.devices.contains(&name) || self.scope.served.contains(&name);
             let list = if ours { &mut hints.devices } else { &mut hints.links };
             list.insert(name);
         }
@@ -315,7 +315,7 @@ impl Ear {
             // With the last address of a family the kernel drops the device's routes and neighbours in it.
             hints.devices.insert(device.clone());
         }
-        if !observe::inside(address, &self.scope) {
+        if !self.scope.holds(address) {
             return;
         }
         hints.changes.push(if message.kind == number::RTM_NEWADDR {
@@ -331,10 +331,10 @@ impl Ear {
         let key = Key::Route(route.destination, route.metric);
         if route.protocol != PROTOCOL {
             // It may have taken the place of ours.
-            if !gone && message.flags & number::NLM_F_REPLACE != 0 && observe::inside(route.destination, &self.scope) {
+            if !gone && message.flags & number::NLM_F_REPLACE != 0 && self.scope.holds(route.destination) {
                 hints.changes.push(Change::Gone(key));
             }
-            hints.host |= observe::matters(&route, &self.scope);
+            hints.host |= observe::plain(&route) && self.scope.shows(&observe::seen(&route, &self.names));
             return;
         }
         if gone {
@@ -358,7 +358,7 @@ impl Ear {
     /// The name of a device that is ours.
     fn our_device(&self, index: u32) -> Option<DeviceName> {
         let link = self.names.links.get(&index)?;
-        observe::ours(link, &self.scope).and(link.name.clone())
+        link.name.clone().filter(|_| observe::carries_ours(link, &self.scope))
     }
 }
 

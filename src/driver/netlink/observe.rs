@@ -11,10 +11,12 @@ use super::names::Names;
 use super::neighbour::{self, RawNeighbour};
 use super::nexthop::{self, RawNexthop};
 use super::requester::{Requester, Trouble};
-use super::route::{self, RawRoute};
+use super::route::{self, Hop, RawRoute};
 use super::wire::{Message, Messages, number};
 use super::{ALIAS, Core, PROTOCOL};
-use crate::driver::{DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, Scope};
+use crate::driver::{
+    DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, OnLink, Scope, SeenRoute,
+};
 use crate::plan::{Address, Conflict, Fdb, Key, Neighbour, NextHop, Object, Owner, Route};
 use crate::types::{DeviceName, Family};
 
@@ -77,7 +79,7 @@ async fn look(core: &mut Core, scope: &Scope) -> Result<Found, DriverError> {
     let links = dump(requester, "links", link::dump(), link::decode).await?;
     let mut found = Found { names: Names::new(links, []), ..Found::default() };
     found.addresses = dump(requester, "addresses", address::dump(), address::decode).await?;
-    for link in found.names.links.values().filter(|link| ours(link, scope).is_some()) {
+    for link in found.names.links.values().filter(|link| carries_ours(link, scope)) {
         let (name, index) = (link.name.as_ref().map_or("", DeviceName::as_str), link.index);
         // A kernel that does not filter sends those of all devices.
         let mine = |n: &RawNeighbour| n.index == index && n.permanent;
@@ -144,19 +146,14 @@ pub(super) fn ours(link: &RawLink, scope: &Scope) -> Option<Owner> {
     link.owner(scope.adopt).filter(|owner| *owner == Owner::Ours || scope.devices.contains(name))
 }
 
-/// Whether the cluster networks hold all of this network.
-pub(super) fn inside(network: IpNetwork, scope: &Scope) -> bool {
-    match network {
-        IpNetwork::V4(n) => scope.networks.v4().is_some_and(|c| n.prefix() >= c.prefix() && c.contains(n.ip())),
-        IpNetwork::V6(n) => scope.networks.v6().is_some_and(|c| n.prefix() >= c.prefix() && c.contains(n.ip())),
-    }
+/// Whether a device is made by a backend's own driver, and marked by it.
+fn served(link: &RawLink, scope: &Scope) -> bool {
+    link.alias == ALIAS && link.name.as_ref().is_some_and(|name| scope.served.contains(name))
 }
 
-fn overlaps(network: IpNetwork, scope: &Scope) -> bool {
-    match network {
-        IpNetwork::V4(n) => scope.networks.v4().is_some_and(|c| c.contains(n.network()) || n.contains(c.network())),
-        IpNetwork::V6(n) => scope.networks.v6().is_some_and(|c| c.contains(n.network()) || n.contains(c.network())),
-    }
+/// Whether what is on a device is ours.
+pub(super) fn carries_ours(link: &RawLink, scope: &Scope) -> bool {
+    ours(link, scope).is_some() || served(link, scope)
 }
 
 /// Where a route leads, as far as one [`NextHop`] can say it. A route of ours to which somebody gave several ways reads as one
@@ -227,12 +224,25 @@ pub(super) fn neighbour_object(raw: &RawNeighbour, device: &DeviceName) -> Optio
     })
 }
 
-/// Whether a route of others is part of the host's view.
-pub(super) fn matters(route: &RawRoute, scope: &Scope) -> bool {
+/// A route as the rules of the scope ask about it.
+pub(super) fn seen<'a>(route: &RawRoute, names: &'a Names) -> SeenRoute<'a> {
+    let hop = match route.hops.as_slice() {
+        [hop] if route.kind == number::RTN_UNICAST => *hop,
+        _ => Hop::default(),
+    };
+    let name = |index: u32| names.links.get(&index).and_then(|link| link.name.as_ref());
+    SeenRoute {
+        destination: route.destination,
+        metric: route.metric,
+        protocol: route.protocol,
+        device: hop.index.and_then(name),
+        gateway: hop.gateway,
+    }
+}
+
+/// Whether a route is of a kind that the host's view knows.
+pub(super) fn plain(route: &RawRoute) -> bool {
     matches!(route.kind, number::RTN_UNICAST | number::RTN_BLACKHOLE..=number::RTN_THROW)
-        && (route.destination.prefix() == 0
-            || route.protocol == number::RTPROT_KERNEL
-            || overlaps(route.destination, scope))
 }
 
 /// Sorts what was found.
@@ -254,6 +264,20 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
             loopback: link.flags & number::IFF_LOOPBACK != 0,
             vxlan: link.vxlan.map(|vxlan| (vxlan.vni, vxlan.port)),
         });
+        if scope.served.contains(name) {
+            if served(link, scope) {
+                mine.insert(link.index);
+            } else {
+                observed.conflicts.push(Conflict {
+                    object: Key::Link(name.clone()),
+                    with: link.describe(),
+                    advice: format!(
+                        "it has not the alias {ALIAS} that the backend's driver gives: delete or rename it if that driver did not make it"
+                    ),
+                });
+            }
+            continue;
+        }
         if !scope.devices.contains(name) && ours(link, scope).is_none() {
             continue;
         }
@@ -284,7 +308,7 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
                 temporary: address.temporary(),
                 deprecated: address.deprecated(),
             });
-        } else if inside(address.address, scope) && !link_local(address.address.ip()) {
+        } else if scope.holds(address.address) && !link_local(address.address.ip()) {
             observed.objects.push((Object::Address(Address { device, address: address.address }), Owner::Ours));
         }
     }
@@ -295,9 +319,11 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
         observed.objects.extend(object.map(|object| (object, Owner::Ours)));
     }
     // Of several routes of one destination and metric the kernel uses the first.
-    let mut seen: HashSet<(IpNetwork, u32)> = HashSet::with_capacity(found.routes.len());
+    let mut keys: HashSet<(IpNetwork, u32)> = HashSet::with_capacity(found.routes.len());
+    let of_others = found.routes.iter().filter(|route| route.protocol != PROTOCOL && !over(route, &mine));
+    let on_link = OnLink::of(of_others.map(|route| seen(route, names)));
     for route in &found.routes {
-        let first = seen.insert((route.destination, route.metric));
+        let first = keys.insert((route.destination, route.metric));
         if route.protocol == PROTOCOL {
             if first {
                 observed.objects.push((Object::Route(route_object(route, names)), Owner::Ours));
@@ -308,18 +334,19 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
         if route.protocol == number::RTPROT_KERNEL && over(route, &mine) {
             continue;
         }
-        if first && legacy(route, &mine, scope) {
+        let plainly = seen(route, names);
+        if first && route.kind == number::RTN_UNICAST && scope.adopts(&plainly, over(route, &mine)) {
             observed.objects.push((Object::Route(route_object(route, names)), Owner::Adoptable));
             continue;
         }
-        if first && inside(route.destination, scope) {
+        if first && scope.holds(route.destination) {
             observed.conflicts.push(Conflict {
                 object: Key::Route(route.destination, route.metric),
                 with: describe(route, names),
                 advice: advice(route),
             });
         }
-        if matters(route, scope) {
+        if plain(route) && (scope.shows(&plainly) || on_link.holds(route.destination)) {
             let several = route.hops.len() > 1;
             let next = next_hop(route, names);
             host.routes.push(HostRoute {
@@ -337,16 +364,6 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
     }
     observed.host = Some(host);
     observed
-}
-
-/// The written rule of adoption for routes.
-fn legacy(route: &RawRoute, mine: &HashSet<u32>, scope: &Scope) -> bool {
-    scope.adopt
-        && route.protocol == number::RTPROT_BOOT
-        && route.kind == number::RTN_UNICAST
-        && route.metric == Route::default_metric(Family::of(route.destination.ip()))
-        && inside(route.destination, scope)
-        && over(route, mine)
 }
 
 /// Whether a route's one way is over a device of ours.

@@ -40,12 +40,8 @@ fn dev(name: &str) -> DeviceName {
 }
 
 fn scope(adopt: bool) -> Scope {
-    Scope {
-        devices: [dev("flannel.1"), dev("flannel-v6.1")].into(),
-        networks: Stack::Dual("10.42.0.0/15".parse().unwrap(), "fd00:42::/48".parse().unwrap()),
-        adopt,
-        sysctls: Default::default(),
-    }
+    let networks = Stack::Dual("10.42.0.0/15".parse().unwrap(), "fd00:42::/48".parse().unwrap());
+    Scope { devices: [dev("flannel.1"), dev("flannel-v6.1")].into(), adopt, ..Scope::new(networks) }
 }
 
 /// A node: a driver, `eth0` (a bridge) with two addresses, `eth1`, and a second pair of hands that is not podnet's.

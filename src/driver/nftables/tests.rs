@@ -4,7 +4,6 @@ mod foreign;
 mod hostile;
 pub(in crate::driver) mod traffic;
 
-use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
@@ -26,12 +25,7 @@ const NET_V4: &str = "10.42.0.0/16";
 const NET_V6: &str = "2001:db8:42::/56";
 
 fn scope() -> Scope {
-    Scope {
-        devices: BTreeSet::new(),
-        networks: Stack::Dual(NET_V4.parse().unwrap(), NET_V6.parse().unwrap()),
-        adopt: false,
-        sysctls: BTreeSet::new(),
-    }
+    Scope::new(Stack::Dual(NET_V4.parse().unwrap(), NET_V6.parse().unwrap()))
 }
 
 fn adopting() -> Scope {

@@ -1,4 +1,3 @@
-use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +11,7 @@ use crate::plan::Unit;
 use crate::types::{Family, Stack};
 
 fn scope(names: &[SysctlName]) -> Scope {
-    Scope {
-        devices: BTreeSet::new(),
-        networks: Stack::V4("10.42.0.0/16".parse().unwrap()),
-        adopt: false,
-        sysctls: names.iter().cloned().collect(),
-    }
+    Scope { sysctls: names.iter().cloned().collect(), ..Scope::new(Stack::V4("10.42.0.0/16".parse().unwrap())) }
 }
 
 fn object(name: &SysctlName, value: &str) -> Object {
@@ -57,12 +51,13 @@ fn a_value_is_set_in_the_given_namespace_alone_and_deleting_leaves_it() {
 }
 
 #[test]
-fn a_value_of_a_device_that_is_not_there_is_absent_and_setting_it_says_so() {
+fn what_a_device_without_ipv6_does_not_have_is_off_and_cannot_be_switched_on() {
     isolated::test(async || {
         let driver = SysctlDriver::new(&NetworkNamespace::Current);
         let name = SysctlName::accept_ra(&"flannel.1".parse().unwrap());
-        assert_eq!(value(&driver, &name).await, None);
-        let error = step(&driver, Step::Create(object(&name, "0"))).await.unwrap_err();
+        assert_eq!(value(&driver, &name).await.as_deref(), Some("0"));
+        step(&driver, Step::Create(object(&name, "0"))).await.unwrap();
+        let error = step(&driver, Step::Create(object(&name, "2"))).await.unwrap_err();
         assert!(matches!(error, DriverError::Refused { errno: Errno::NOENT, .. }), "{error}");
         assert!(error.to_string().contains("net/ipv6/conf/flannel.1/accept_ra"), "{error}");
     });

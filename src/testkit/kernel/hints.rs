@@ -10,7 +10,7 @@ use futures::StreamExt;
 use futures::stream::poll_fn;
 
 use super::PROTOCOL_OURS;
-use super::ownership::{inside, matters};
+use super::ownership::seen;
 use super::state::{Event, KernelRoute, Told};
 use crate::driver::{Change, ChangeStream, Scope};
 use crate::plan::{Address, Domain, Fdb, Key, Neighbour, Object};
@@ -106,7 +106,7 @@ impl Listener {
     }
 
     fn netlink_hints(&self, event: &Event) -> Vec<Change> {
-        let ours = |device| self.scope.devices.contains(device);
+        let ours = |device| self.scope.devices.contains(device) || self.scope.served.contains(device);
         let there = |object: Object, present: &bool| {
             vec![if *present { Change::Present(object) } else { Change::Gone(object.key()) }]
         };
@@ -114,7 +114,7 @@ impl Listener {
             Event::Link(name) if ours(name) => vec![Change::Device(name.clone())],
             Event::Link(name) => vec![Change::Link(name.clone())],
             Event::Address(device, address, present) if ours(device) => {
-                if !inside(&self.scope, *address) {
+                if !self.scope.holds(*address) {
                     return Vec::new();
                 }
                 there(Object::Address(Address { device: device.clone(), address: *address }), present)
@@ -144,11 +144,11 @@ impl Listener {
             return vec![if present { Change::Present(Object::Route(route.plain())) } else { Change::Gone(key) }];
         }
         let mut hints = Vec::new();
-        if told == Told::Replaced && inside(&self.scope, route.destination) {
+        if told == Told::Replaced && self.scope.holds(route.destination) {
             // It may have taken the place of ours.
             hints.push(Change::Gone(key));
         }
-        if matters(&self.scope, route) {
+        if self.scope.shows(&seen(route)) {
             hints.push(Change::Host);
         }
         hints

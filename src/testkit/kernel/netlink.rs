@@ -8,12 +8,13 @@ use async_trait::async_trait;
 
 use super::driver::{Failure, Port, absent_is_fine, failure, in_the_way, refused};
 use super::dump::{link_line, route_line};
-use super::ownership::{has_legacy_marks, inside, is_adoptable, link_owner, matters, over_our_device};
+use super::ownership::{has_legacy_marks, is_adoptable, is_served, link_owner, over_our_device, seen};
 use super::state::{KernelRoute, LinkState, PROTOCOL_KERNEL, RouteMode, State};
 use super::{ALIAS_OURS, PROTOCOL_OURS};
 use super::{Inner, Stop};
 use crate::driver::{
-    ChangeStream, Driver, DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, Scope, UnitResult,
+    ChangeStream, Driver, DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, OnLink, Scope,
+    UnitResult,
 };
 use crate::plan::{
     Address, Conflict, Domain, Fdb, Fit, Key, Link, LinkKind, Neighbour, NextHop, Object, Owner, Route, Step, UnitPlan,
@@ -54,9 +55,13 @@ impl Driver for FakeNetlink {
 fn observe(state: &State, scope: &Scope) -> Observed {
     let mut found = Observed::default();
     // A mark of ours tells under any name: renamed, or left by another configuration.
-    let names: BTreeSet<&DeviceName> = scope.devices.iter().chain(state.our_devices()).collect();
+    let names: BTreeSet<&DeviceName> = scope.devices.iter().chain(&scope.served).chain(state.our_devices()).collect();
     for name in names {
         let Some(link) = state.links.get(name) else { continue };
+        if is_served(scope, name, link) {
+            observe_device(state, scope, name, &mut found);
+            continue;
+        }
         match (link_owner(scope, link), plain_link(name, link)) {
             (Some(owner), Some(plain)) => {
                 found.objects.push((Object::Link(plain), owner));
@@ -79,7 +84,7 @@ fn observe(state: &State, scope: &Scope) -> Observed {
             found.objects.push((Object::Route(route.plain()), Owner::Ours));
         } else if is_adoptable(state, scope, route) {
             found.objects.push((Object::Route(route.plain()), Owner::Adoptable));
-        } else if inside(scope, route.destination) {
+        } else if scope.holds(route.destination) {
             found.conflicts.push(Conflict {
                 object: Key::Route(route.destination, route.metric),
                 with: route_line(route),
@@ -93,7 +98,7 @@ fn observe(state: &State, scope: &Scope) -> Observed {
 
 fn observe_device(state: &State, scope: &Scope, name: &DeviceName, found: &mut Observed) {
     let mut ours = |object| found.objects.push((object, Owner::Ours));
-    for address in state.addresses.get(name).into_iter().flatten().filter(|a| inside(scope, **a)) {
+    for address in state.addresses.get(name).into_iter().flatten().filter(|a| scope.holds(**a)) {
         ours(Object::Address(Address { device: name.clone(), address: *address }));
     }
     for ((_, address), mac) in state.neighbours.iter().filter(|((device, _), _)| device == name) {
@@ -135,19 +140,27 @@ fn host_view(state: &State, scope: &Scope) -> HostView {
         })
         .collect();
     links.sort_by_key(|l| l.index);
-    let addresses = links.iter().filter(|l| !scope.devices.contains(&l.name)).flat_map(|link| {
-        state.addresses.get(&link.name).into_iter().flatten().map(|address| HostAddress {
-            device: link.name.clone(),
-            address: *address,
-            global: !link.loopback,
-            permanent: true,
-            temporary: false,
-            deprecated: false,
-        })
-    });
+    let addresses =
+        links.iter().filter(|l| !scope.devices.contains(&l.name) && !scope.served.contains(&l.name)).flat_map(|link| {
+            state.addresses.get(&link.name).into_iter().flatten().map(|address| HostAddress {
+                device: link.name.clone(),
+                address: *address,
+                global: !link.loopback,
+                permanent: true,
+                temporary: false,
+                deprecated: false,
+            })
+        });
+    let of_others = state
+        .routes
+        .values()
+        .flatten()
+        .filter(|route| route.protocol != PROTOCOL_OURS && !over_our_device(state, scope, route));
+    let on_link = OnLink::of(of_others.map(seen));
     let routes = state.routes.values().flatten().filter(|route| {
         let connected = route.protocol == PROTOCOL_KERNEL && over_our_device(state, scope, route);
-        matters(scope, route) && route.protocol != PROTOCOL_OURS && !connected && !is_adoptable(state, scope, route)
+        let shown = scope.shows(&seen(route)) || on_link.holds(route.destination);
+        shown && route.protocol != PROTOCOL_OURS && !connected && !is_adoptable(state, scope, route)
     });
     let routes = routes.map(|route| HostRoute {
         destination: route.destination,

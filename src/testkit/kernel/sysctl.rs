@@ -23,7 +23,9 @@ impl Driver for FakeSysctl {
             .with(|inner| {
                 inner.faults.observing(&Domain::Sysctl)?;
                 let found = scope.sysctls.iter().filter_map(|name| {
-                    let value = inner.state.sysctls.get(name)?.clone();
+                    // As the real driver: what a device has not is off.
+                    let absent = || name.device().map(|_| "0".to_owned());
+                    let value = inner.state.sysctls.get(name).cloned().or_else(absent)?;
                     Some((Object::Sysctl(Sysctl { name: name.clone(), value }), Owner::Ours))
                 });
                 Ok(Observed { objects: found.collect(), ..Observed::default() })

@@ -100,12 +100,8 @@ fn desired() -> Desired {
 }
 
 fn scope() -> Scope {
-    Scope {
-        devices: [dev("flannel.1")].into(),
-        networks: Stack::Dual("10.42.0.0/16".parse().unwrap(), "fd42::/16".parse().unwrap()),
-        adopt: true,
-        sysctls: Default::default(),
-    }
+    let networks = Stack::Dual("10.42.0.0/16".parse().unwrap(), "fd42::/16".parse().unwrap());
+    Scope { devices: [dev("flannel.1")].into(), adopt: true, ..Scope::new(networks) }
 }
 
 fn bare() -> FakeKernel {

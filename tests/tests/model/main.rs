@@ -113,12 +113,10 @@ async fn compare(acts: &[Act]) -> Result<(), TestCaseError> {
 // ---- converging ----
 
 fn scope() -> Scope {
-    Scope {
-        devices: [dev("flannel.1")].into(),
-        networks: Stack::Dual("10.42.0.0/16".parse().unwrap(), "fd42::/16".parse().unwrap()),
-        adopt: true,
-        sysctls: Default::default(),
-    }
+    let mut scope = Scope::new(Stack::Dual("10.42.0.0/16".parse().unwrap(), "fd42::/16".parse().unwrap()));
+    scope.devices.insert(dev("flannel.1"));
+    scope.adopt = true;
+    scope
 }
 
 /// What was seen, planned and answered, as text.
