@@ -44,12 +44,18 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
         }
         stage.show(part, &named("the masquerade table deleted"), table(cluster, family)).await;
     }
-    if cluster.crossing() == Crossing::Plain {
+    // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of VXLAN over IPv4 it takes nothing.
+    let takes_something = match cluster.crossing() {
+        Crossing::Plain => true,
+        Crossing::Vxlan => cluster.spec().families.has(Family::V6),
+        Crossing::Nowhere => false,
+    };
+    if takes_something {
         stage.show(part, &format!("{UNDERLAY_INTERFACE} set down and up"), underlay(cluster)).await;
     }
 }
 
-/// The routes are on the underlay's own device: the kernel takes them when it goes down.
+/// The link that carries everything fails for a moment.
 async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
     if cluster.other().is_none() {
         return cluster.cannot();
@@ -62,7 +68,8 @@ async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
         configuration.restore(host).await
     };
     let took = repair(cluster, shake, || NodeState::of(host)).await?;
-    repaired(cluster, cluster.spec().families.families(), took, "its peers' routes, once it had its addresses").await
+    repaired(cluster, cluster.spec().families.families(), took, "all that went with it, once it had its addresses")
+        .await
 }
 
 /// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
