@@ -18,6 +18,7 @@
 //! # #[cfg(not(feature = "testkit"))] fn main() {}
 //! ```
 
+pub mod conformance;
 pub mod kernel;
 pub mod manual_clock;
 

@@ -198,3 +198,14 @@ fn with_direct_routing_a_peer_on_the_same_layer_2_costs_one_route_and_others_go_
     near.underlay.routes.push(route("10.240.0.101/32", Some("10.240.0.1")));
     assert!(text(&near).contains("onlink"), "a more special route leads behind the gateway again");
 }
+
+#[tokio::test(start_paused = true)]
+async fn it_conforms_with_and_without_its_options() {
+    use podnet::testkit::conformance::backend;
+
+    backend::check(Vxlan::new()).await.assert_ok();
+    let options = Vxlan::new().vni(4096).unwrap().port(4789).unwrap().gbp(true).learning(true);
+    let report = backend::check(options.direct_routing(true).tx_checksum_offload(false)).await;
+    report.assert_ok();
+    assert!(report.untried().is_empty(), "{report}");
+}
