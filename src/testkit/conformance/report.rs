@@ -123,7 +123,7 @@ impl Report {
 }
 
 impl fmt::Display for Report {
-    /// One line in all, one for each broken rule, and under it the first scenarios.
+    /// One line in all, one for each broken rule and under it the first scenarios, then what was not tried.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut broken: Vec<(Rule, Vec<&Violation>)> = Vec::new();
         for violation in &self.failures {
@@ -146,8 +146,15 @@ impl fmt::Display for Report {
                 writeln!(f, "    and in {more} more")?;
             }
         }
+        let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
         for untried in &self.untried {
-            writeln!(f, "  not tried: {}: {}", untried.rule.name, untried.why)?;
+            match reasons.iter_mut().find(|(why, _)| *why == untried.why) {
+                Some((_, rules)) => rules.push(untried.rule.name),
+                None => reasons.push((&untried.why, vec![untried.rule.name])),
+            }
+        }
+        for (why, rules) in reasons {
+            writeln!(f, "  not tried: {}: {why}", rules.join(", "))?;
         }
         Ok(())
     }
