@@ -31,6 +31,7 @@
 //! The suites touch what they are given and nothing else. They wait for states, with deadlines, and never for time to pass.
 
 mod report;
+mod trial;
 
 /// The rules of a suite: a constant for each, and the list of all, whose documentation is their table.
 macro_rules! rules {
@@ -51,3 +52,4 @@ pub mod subnet_manager;
 
 use report::{Findings, ensure};
 pub use report::{Report, Rule, Untried, Violation};
+use trial::{cut, differences};

@@ -59,7 +59,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use super::{Findings, Report, Rule, ensure};
+use super::{Findings, Report, Rule, differences, ensure};
 use crate::backend::{AdmittedPeer, Backend, Capabilities, Device, Maker, NodeView, OfferContext, Underlay};
 use crate::lease::{BackendData, BackendKind, Endpoint, Offer};
 use crate::plan::{Domain, Link, Object};

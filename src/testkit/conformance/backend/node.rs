@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use tokio::task::JoinHandle;
 
 use super::probe::Probe;
-use super::{CONVERGES, Findings, LEAVES, PEER_LEAVES, Place, RESTART, Rule, Scenario, ensure, scenario};
+use super::{CONVERGES, Findings, LEAVES, PEER_LEAVES, Place, RESTART, Rule, Scenario, differences, ensure, scenario};
 use crate::backend::{Backend, OfferContext};
 use crate::config::NetworkConfig;
 use crate::lease::{Endpoint, Offer};
@@ -166,11 +166,11 @@ async fn trial(
     }
     node.until("the peers are gone", |status| status.peers.total == 0).await?;
     node.overlay.reconcile().await.map_err(|e| e.to_string())?;
-    findings.check(PEER_LEAVES, equal(&alone, &kernel.dump()));
+    findings.check(PEER_LEAVES, differences(&alone, &kernel.dump()));
 
     let report = node.overlay.shutdown(Shutdown::RemoveState).await.map_err(|e| e.to_string())?;
     let clean = ensure(report.is_clean(), || format!("the shutdown reports {report:?}"));
-    findings.check(LEAVES, clean.and_then(|()| equal(&bare, &without_settings(&kernel.dump()))));
+    findings.check(LEAVES, clean.and_then(|()| differences(&bare, &without_settings(&kernel.dump()))));
     Ok(())
 }
 
@@ -191,12 +191,4 @@ async fn start(
 /// Settings of the host stay as they were made.
 fn without_settings(dump: &str) -> String {
     dump.lines().filter(|line| !line.starts_with("sysctl ")).map(|line| format!("{line}\n")).collect()
-}
-
-fn equal(before: &str, after: &str) -> Result<(), String> {
-    let missing =
-        before.lines().filter(|line| !after.lines().any(|other| other == *line)).map(|l| format!("missing: {l}"));
-    let more = after.lines().filter(|line| !before.lines().any(|other| other == *line)).map(|l| format!("left: {l}"));
-    let differences: Vec<String> = missing.chain(more).collect();
-    ensure(differences.is_empty(), || differences.join("\n"))
 }

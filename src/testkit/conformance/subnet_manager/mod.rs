@@ -57,14 +57,14 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use super::{Findings, Report, Rule, ensure};
+use super::{Findings, Report, Rule, cut, ensure};
 use crate::admission::overlap;
 use crate::lease::{Lease, LeaseEvent, Offer, Precedence};
 use crate::subnet::{OwnedLease, SubnetError};
 use crate::types::{Family, NodeName};
 
 pub use fixture::{Allocating, Fixture, NODES, Store};
-use stage::{Member, Stage, cut};
+use stage::{Member, Stage};
 
 rules! {
     /// What a store of leases must keep to.

@@ -1,11 +1,8 @@
 //! Nodes of one store, what they do, and what a watch has told: the means of the trials. It judges only that answers come.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::{Future, poll_fn};
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -230,22 +227,4 @@ impl Watch {
             Err(late) => Err(format!("{what}: {late}")),
         }
     }
-}
-
-/// Polls a future so often and drops it where it stands. `None`: it was not done.
-pub(super) async fn cut<F: Future>(future: F, polls: usize) -> Option<F::Output> {
-    let mut future = pin!(future);
-    let mut left = polls;
-    poll_fn(|cx| {
-        if left == 0 {
-            return Poll::Ready(None);
-        }
-        left -= 1;
-        match future.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await
 }
