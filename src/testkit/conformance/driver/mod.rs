@@ -61,6 +61,7 @@ use futures::StreamExt;
 use super::{Findings, Report, Rule, cut, differences, ensure};
 use crate::driver::{ChangeStream, Driver};
 use crate::plan::{Custom, Object, Owner, Step, Unit, UnitPlan};
+use crate::types::Family;
 
 pub use samples::Samples;
 use stage::{Stage, delete, is_there, plan_of, whole};
@@ -126,7 +127,8 @@ rules! {
     STABLE = "observe-is-stable": "Observing twice gives the same, and changes nothing.";
     RESTART = "no-memory-is-needed": "A new driver observes what an earlier one made as ours, with the same values.";
     CONFLICT = "foreign-is-a-conflict": "What of others is where ours should go is observed as a conflict, and making ours fails.";
-    UNTOUCHED = "foreign-is-untouched": "What of others is where ours should go stays as it is, whatever step is tried.";
+    UNTOUCHED = "foreign-is-untouched": "What of others is where ours should go stays as it is when ours is created or deleted.";
+    OUTDATED = "outdated-step-takes-nothing": "So it does when ours is replaced or remade by an observation that is out of date, since others put theirs there meanwhile.";
     HINTS = "changes-are-hinted": "What others do to an object of ours is hinted at within the deadline, and the stream goes on.";
     REPAIRS = "harm-is-seen-and-repaired": "What others took away is not observed any more, and can be made again.";
     DROPPED = "dropped-apply-converges": "Wherever apply is dropped: observing, and applying the difference, leads to what was wanted.";
@@ -226,15 +228,16 @@ impl Suite<'_> {
         for object in objects {
             let scenario = format!("something of others in the way of {}", object.key());
             match self.attempt(|stage| in_the_way(stage, &object)).await {
-                Ok(Some((conflict, untouched))) => {
-                    self.findings.check(CONFLICT, &scenario, conflict);
-                    self.findings.check(UNTOUCHED, &scenario, untouched);
+                Ok(Some(told)) => {
+                    self.findings.check(CONFLICT, &scenario, told.conflict);
+                    self.findings.check(UNTOUCHED, &scenario, told.untouched);
+                    self.findings.check(OUTDATED, &scenario, told.outdated);
                 }
                 Ok(None) => {}
                 Err(why) => self.findings.check(CONFLICT, &scenario, Err(why)),
             }
         }
-        for rule in [CONFLICT, UNTOUCHED] {
+        for rule in [CONFLICT, UNTOUCHED, OUTDATED] {
             self.findings.leave_out(rule, "nothing of others can be in the way: see `World::obstruct`");
         }
     }
@@ -242,14 +245,12 @@ impl Suite<'_> {
 
 fn one_of_each_kind(stage: &Stage) -> Vec<Object> {
     let mut kinds = BTreeSet::new();
-    let kind = |object: &Object| std::mem::discriminant(object);
-    let mut found = Vec::new();
-    for object in stage.objects() {
-        if kinds.insert(object.key().rank()) || !found.iter().any(|other| kind(other) == kind(object)) {
-            found.push(object.clone());
-        }
-    }
-    found
+    let family = |object: &Object| match object {
+        Object::Route(route) => Some(Family::of(route.destination.ip())),
+        Object::Ruleset(rules) => Some(rules.family),
+        _ => None,
+    };
+    stage.objects().filter(|object| kinds.insert((object.key().rank(), family(object)))).cloned().collect()
 }
 
 /// An object that no driver but its own knows: of another domain than any that is tried.
@@ -496,8 +497,15 @@ async fn hints(stage: Stage) -> Result<(), String> {
     Ok(())
 }
 
-/// How it is told, and whether it is touched; `None` where nothing of others can be there.
-async fn in_the_way(stage: Stage, object: &Object) -> Result<Option<(Result<(), String>, Result<(), String>)>, String> {
+/// What became of something of others that stands in the way.
+struct InTheWay {
+    conflict: Result<(), String>,
+    untouched: Result<(), String>,
+    outdated: Result<(), String>,
+}
+
+/// `None` where nothing of others can be there.
+async fn in_the_way(stage: Stage, object: &Object) -> Result<Option<InTheWay>, String> {
     let in_ground = stage.samples.ground.iter().any(|(_, objects)| objects.contains(object));
     if in_ground {
         // What it rests on is in the same unit, before it.
@@ -516,27 +524,24 @@ async fn in_the_way(stage: Stage, object: &Object) -> Result<Option<(Result<(), 
     let seen = stage.observe().await?;
     let told = seen.conflicts.iter().any(|conflict| conflict.object == object.key());
     let mine = seen.objects.iter().find(|(other, _)| other.key() == object.key());
-    let create = UnitPlan { unit: Unit::Leftover(object.key()), steps: vec![Step::Create(object.clone())] };
-    let results = stage.driver.apply(&[create]).await;
+    let step = |step: Step| [UnitPlan { unit: Unit::Leftover(object.key()), steps: vec![step] }];
+    let results = stage.driver.apply(&step(Step::Create(object.clone()))).await;
     let failed = matches!(results.as_slice(), [result] if result.done == 0 && result.failed.is_some());
     let conflict = ensure(told, || format!("the conflicts are {:?}", seen.conflicts))
         .and_then(|()| ensure(mine.is_none(), || format!("it is observed as {mine:?}")))
         .and_then(|()| ensure(failed, || format!("creating {object} gives {results:?}")));
-    let mut untouched = differences(&foreign, &stage.world.foreign().await)
-        .map_err(|e| format!("creating {object} changed what is not ours: {e}"));
-    let others = [
-        Step::Replace { from: object.clone(), to: object.clone() },
-        Step::Remake { from: object.clone(), to: object.clone(), why: "for a trial".to_owned() },
-        Step::Delete(object.clone()),
-    ];
-    for step in others {
-        let text = step.to_string();
-        let unit = UnitPlan { unit: Unit::Leftover(object.key()), steps: vec![step] };
-        stage.driver.apply(&[unit]).await;
-        let now = differences(&foreign, &stage.world.foreign().await);
-        untouched = untouched.and_then(|()| now.map_err(|e| format!("{text} changed what is not ours: {e}")));
-    }
-    Ok(Some((conflict, untouched)))
+    let touched = |what: &str, now: String| {
+        differences(&foreign, &now).map_err(|e| format!("{what} {object} changed what is not ours: {e}"))
+    };
+    let mut untouched = touched("creating", stage.world.foreign().await);
+    stage.driver.apply(&step(Step::Delete(object.clone()))).await;
+    untouched = untouched.and(touched("deleting", stage.world.foreign().await));
+    let why = "for a trial".to_owned();
+    stage.driver.apply(&step(Step::Remake { from: object.clone(), to: object.clone(), why })).await;
+    let mut outdated = touched("remaking", stage.world.foreign().await);
+    stage.driver.apply(&step(Step::Replace { from: object.clone(), to: object.clone() })).await;
+    outdated = outdated.and(touched("replacing", stage.world.foreign().await));
+    Ok(Some(InTheWay { conflict, untouched, outdated }))
 }
 
 /// The most polls after which a call is dropped.

@@ -10,7 +10,7 @@ use super::*;
 use crate::driver::{Change, DriverError, Errno, Observed, Scope, UnitResult};
 use crate::masquerade::MasqueradePolicy;
 use crate::plan::{Conflict, Domain, Key, NextHop, Route};
-use crate::testkit::kernel::{FakeKernel, KernelRoute, PROTOCOL_STATIC};
+use crate::testkit::kernel::{FakeKernel, KernelRoute, PROTOCOL_OURS, PROTOCOL_STATIC};
 use crate::types::{DeviceName, Family};
 
 fn device(name: &str) -> DeviceName {
@@ -138,7 +138,7 @@ async fn the_drivers_of_the_fake_kernel_conform() {
         let report = check(&Fake(which, Fault::Nothing)).await;
         report.assert_ok();
         let untried: Vec<Rule> = report.untried().iter().map(|untried| untried.rule).collect();
-        let expected: &[Rule] = if which == Which::Sysctl { &[CONFLICT, UNTOUCHED] } else { &[] };
+        let expected: &[Rule] = if which == Which::Sysctl { &[CONFLICT, UNTOUCHED, OUTDATED] } else { &[] };
         assert_eq!(untried, expected, "{report}");
     }
 }
@@ -162,6 +162,7 @@ enum Fault {
     ForgetsInANewProcess,
     HidesConflicts,
     TakesByForce,
+    ReplacesUnseen,
     Deaf,
     StreamEnds,
     Remembers,
@@ -282,6 +283,12 @@ impl Driver for Faulty {
                 {
                     let _ = self.kernel.link_del(&link.name);
                 }
+                if self.is(Fault::ReplacesUnseen)
+                    && let Step::Replace { to: Object::Route(route), .. } = step
+                {
+                    let ours = KernelRoute::boot(route.destination, route.next.clone()).protocol(PROTOCOL_OURS);
+                    let _ = self.kernel.ip_route_replace(ours.metric(route.metric));
+                }
                 let plan = UnitPlan { unit: unit.unit.clone(), steps: vec![step.clone()] };
                 let failed = match (refused, only_said) {
                     (true, _) => Some(error("refused")),
@@ -339,6 +346,7 @@ async fn each_rule_is_broken_by_a_driver_that_breaks_it() {
         (Fault::ForgetsInANewProcess, RESTART),
         (Fault::HidesConflicts, CONFLICT),
         (Fault::TakesByForce, UNTOUCHED),
+        (Fault::ReplacesUnseen, OUTDATED),
         (Fault::Deaf, HINTS),
         (Fault::StreamEnds, HINTS),
         (Fault::Remembers, REPAIRS),
