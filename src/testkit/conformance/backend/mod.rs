@@ -3,7 +3,8 @@
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
-//! # //! # use podnet::backend::{AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext};
+//! # use std::net::IpAddr;
+//! # use podnet::backend::{AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext};
 //! # use podnet::backend::{Reach, Underlay, Unreachable};
 //! # use podnet::lease::{BackendData, BackendKind, Endpoint};
 //! # use podnet::plan::{NextHop, Object, Route};
