@@ -4,6 +4,7 @@
 //! another node's claim (that is [admission](crate::admission)) and keeps no opinion about backends.
 
 pub mod allocation;
+pub mod file;
 pub mod memory;
 
 use std::fmt::Debug;
@@ -121,7 +122,9 @@ pub enum SubnetError {
         reason: String,
     },
     /// No subnet has been assigned to this node yet. A retry can help.
-    #[error("node {node} has no subnet yet: it waits until one is assigned (in Kubernetes: spec.podCIDR)")]
+    #[error(
+        "node {node} has no subnet yet: it waits until one is assigned (in Kubernetes: spec.podCIDR; in a file: its entry under nodes)"
+    )]
     NotAssigned {
         /// The node.
         node: NodeName,
