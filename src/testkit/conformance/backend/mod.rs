@@ -81,7 +81,7 @@ rules! {
     DRIVER = "own-driver-has-own-domain": "An own driver serves a domain of its own, and objects of that domain are the only custom ones.";
     MTU = "mtu-less-overhead": "The MTU for pods is the underlay's less the overhead that the capabilities tell, or an error.";
     LEAST_MTU = "mtu-fits-the-family": "An MTU below what the family needs (68 bytes, IPv6 1280) is an error.";
-    JSON = "offer-is-json": "What is published is JSON, as flannel's BackendData is.";
+    JSON = "offer-is-json": "What is published is compact JSON, as flannel's BackendData is: without white space between its parts.";
     EARLIER = "offer-keeps-earlier": "An offer made anew keeps what the earlier one said, to the byte, with devices there or without.";
     OWN_CLAIMS = "offer-passes-claims": "What a node publishes passes the claims of its peers, and its own.";
     DISTINCT = "offers-do-not-meet": "Two nodes do not claim the same thing.";
@@ -293,7 +293,12 @@ fn offer(probe: &mut Probe<'_>, at: &str, place: &Place, underlay: &Underlay, fa
         }
     };
     let json = serde_json::from_str::<serde_json::Value>(data.as_str());
-    probe.check(JSON, &at, json.map(drop).map_err(|e| format!("{data:?} is none: {e}")));
+    let json = json.map(drop).map_err(|e| format!("{data:?} is none: {e}"));
+    probe.check(
+        JSON,
+        &at,
+        json.and_then(|()| ensure(is_compact(data.as_str()), || format!("{data:?} is not compact"))),
+    );
     let again = probe.ask(&at, "offer after an earlier one", |b| b.offer(&context(Some(&data))))?;
     probe.check(EARLIER, &at, same(&Ok(data.clone()), &again));
     let endpoint = Endpoint { public_ip, data: data.clone() };
@@ -303,6 +308,17 @@ fn offer(probe: &mut Probe<'_>, at: &str, place: &Place, underlay: &Underlay, fa
     }
     probe.check(OWN_CLAIMS, &at, claims.map(drop).map_err(|reason| format!("{data:?} is refused: {reason}")));
     Some(data)
+}
+
+/// Whether a JSON text has no white space outside its strings.
+fn is_compact(json: &str) -> bool {
+    let (mut in_text, mut escaped) = (false, false);
+    json.chars().all(|c| {
+        let quote = c == '"' && !escaped;
+        in_text ^= quote;
+        escaped = in_text && c == '\\' && !escaped;
+        in_text || quote || !c.is_whitespace()
+    })
 }
 
 fn same<T: PartialEq + std::fmt::Debug>(expected: &T, seen: &T) -> Result<(), String> {

@@ -31,6 +31,7 @@ enum Fault {
     FixedMtu,
     ShortMtuForIpv6,
     OfferIsNoJson,
+    OfferIsWide,
     ForgetsWhatPeersKnow,
     RefusesItsOwn,
     OneMacForAll,
@@ -170,7 +171,11 @@ impl Backend for Tunnel {
             Fault::OfferIsNoJson => return Ok(BackendData::from_text(&format!("mac={seed}")).unwrap()),
             _ => {}
         }
-        Ok(BackendData::encode(&Data { mac: MacAddr::derived(seed.as_bytes()) }).unwrap())
+        let mac = MacAddr::derived(seed.as_bytes());
+        if self.is(Fault::OfferIsWide) {
+            return Ok(BackendData::from_text(&format!(r#"{{"mac": "{mac}"}}"#)).unwrap());
+        }
+        Ok(BackendData::encode(&Data { mac }).unwrap())
     }
 
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
@@ -331,6 +336,7 @@ fn each_rule_is_broken_by_a_backend_that_breaks_it() {
         (Fault::FixedMtu, MTU),
         (Fault::ShortMtuForIpv6, LEAST_MTU),
         (Fault::OfferIsNoJson, JSON),
+        (Fault::OfferIsWide, JSON),
         (Fault::ForgetsWhatPeersKnow, EARLIER),
         (Fault::RefusesItsOwn, OWN_CLAIMS),
         (Fault::OneMacForAll, DISTINCT),
@@ -374,6 +380,16 @@ async fn what_a_backend_does_to_a_kernel_is_seen_there() {
         let backend = Tunnel { leaky: Some(leaky), ..Tunnel::with(fault) };
         let report = check_node(backend, &kernel, &[Family::V4]).await;
         assert!(report.violations_of(rule.name).next().is_some(), "{fault:?} should break {rule}: {report}");
+    }
+}
+
+#[test]
+fn white_space_counts_only_between_the_parts_of_a_json_text() {
+    for compact in ["null", "", r#"{"a b":"c \" d"}"#, r#"["\\"]"#] {
+        assert!(is_compact(compact), "{compact}");
+    }
+    for wide in ["{ }", r#"{"a": 1}"#, r#"["\\", 1]"#, "null\n"] {
+        assert!(!is_compact(wide), "{wide}");
     }
 }
 

@@ -40,6 +40,12 @@ pub trait Store: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Whether a lease lasts as long as its assignment, as where the assignment is all there is: a release takes back what was
+    /// published, and the node still holds its subnets. Else a release ends the lease.
+    fn holds_while_assigned(&self) -> bool {
+        false
+    }
+
     /// Gives a node what it needs to be able to acquire: an object in the store, a podCIDR of its own. `number` differs for each node
     /// and is below [`NODES`].
     async fn admit(&self, node: &NodeName, number: u8) -> Result<(), String> {

@@ -75,9 +75,9 @@ rules! {
     DISJOINT = "subnets-are-disjoint": "Nodes that acquire at the same time get subnets that do not overlap.";
     BYTES = "offers-are-kept-to-the-byte": "What was published is answered, and told to others, to the byte and in its order.";
     REPLACES = "publish-replaces": "Publishing replaces all offers: none remains of what was published before. Doing it again changes nothing.";
-    NOT_HELD = "not-held-is-said": "Publishing and renewing without a lease is NotHeld, before the first and after a release.";
+    NOT_HELD = "not-held-is-said": "Publishing and renewing without a lease is NotHeld: where nothing was acquired, or assigned, and after a release that ends the lease.";
     RENEWS = "renew-keeps": "Renewing changes nothing of a lease, and leaves it no shorter.";
-    RELEASES = "release-is-idempotent": "Releasing is success, twice too and without a lease; afterwards the lease can be acquired anew.";
+    RELEASES = "release-is-idempotent": "Releasing is success, twice too and without a lease; what was published is gone, and the lease can be acquired anew.";
     SNAPSHOT = "watch-starts-with-a-snapshot": "The first event of a watch is a snapshot of every lease that others hold, with its offers.";
     TOLD = "changes-are-told": "What others acquire, publish and release is told to a watch, by the owner's name, within the deadline.";
     SAME_NAME = "a-change-keeps-the-name": "A changed offer is told as the same node's, which never seems gone in between.";
@@ -276,17 +276,27 @@ async fn replaces(mut stage: Stage) -> Result<(), String> {
 }
 
 async fn not_held(mut stage: Stage) -> Result<(), String> {
-    let member = stage.member().await?;
-    let says = |when: &str, call: &str, answer: Result<OwnedLease, SubnetError>| match answer {
-        Err(SubnetError::NotHeld { node, .. }) if node == member.name => Ok(()),
-        other => Err(format!("{when}, {call} answers {other:?}")),
-    };
-    for when in ["before the first lease", "after a release"] {
-        says(when, "publish", member.manager.publish(&member.name, &member.offers(1)).await)?;
-        says(when, "renew", member.manager.renew(&member.name).await)?;
+    let member = stage.stranger().await?;
+    says_not_held("before anything else", &member).await?;
+    stage.admit(&member).await?;
+    if !stage.store.holds_while_assigned() {
+        says_not_held("before the first lease", &member).await?;
         member.acquire().await?;
         member.publish(&member.offers(1)).await?;
         member.release().await?;
+        says_not_held("after a release", &member).await?;
+    }
+    Ok(())
+}
+
+async fn says_not_held(when: &str, member: &Member) -> Result<(), String> {
+    let publish = member.manager.publish(&member.name, &member.offers(1)).await;
+    let renew = member.manager.renew(&member.name).await;
+    for (call, answer) in [("publish", publish), ("renew", renew)] {
+        match answer {
+            Err(SubnetError::NotHeld { node, .. }) if node == member.name => {}
+            other => return Err(format!("{when}, {call} answers {other:?}")),
+        }
     }
     Ok(())
 }
@@ -314,7 +324,7 @@ async fn releases(mut stage: Stage) -> Result<(), String> {
     member.release().await?;
     member.release().await.map_err(|e| format!("the second time: {e}"))?;
     let mut watch = other.watch().await?;
-    watch.until("the lease is gone", |seen| !seen.leases.contains_key(&member.name)).await?;
+    watch.until("the lease is gone", |seen| stage.is_gone(seen, &member.name)).await?;
     let lease = member.acquire().await.map_err(|e| format!("after a release: {e}"))?.lease;
     watch.until("the lease is there anew", |seen| seen.leases.contains_key(&member.name)).await?;
     ensure(lease.offers.is_empty(), || format!("offers of the lease before are there: {:?}", lease.offers))
@@ -360,7 +370,7 @@ async fn told(mut stage: Stage) -> Result<(), String> {
         let lease = other.publish(&other.offers(round + 10)).await?.lease;
         watch.until("another node published something else", there(lease)).await?;
         other.release().await?;
-        watch.until("another node released", |seen| !seen.leases.contains_key(&other.name)).await?;
+        watch.until("another node released", |seen| stage.is_gone(seen, &other.name)).await?;
     }
     Ok(())
 }
@@ -402,14 +412,14 @@ async fn apart(mut stage: Stage) -> Result<(), String> {
 async fn recovers(mut stage: Stage) -> Result<(), String> {
     let (watcher, other, leaver) = (stage.member().await?, stage.member().await?, stage.member().await?);
     leaver.acquire().await?;
+    leaver.publish(&leaver.offers(1)).await?;
     other.acquire().await?;
     let mut watch = watcher.watch().await?;
-    watch.until("both nodes", |seen| seen.leases.contains_key(&leaver.name)).await?;
+    watch.until("both nodes", |seen| !stage.is_gone(seen, &leaver.name)).await?;
     stage.store.cut_watches().await?;
     leaver.release().await?;
     let lease = other.publish(&other.offers(1)).await?.lease;
-    let now =
-        |seen: &stage::Seen| seen.leases.get(&other.name) == Some(&lease) && !seen.leases.contains_key(&leaver.name);
+    let now = |seen: &stage::Seen| seen.leases.get(&other.name) == Some(&lease) && stage.is_gone(seen, &leaver.name);
     if watch.until_end(now).await? {
         // It ended, as it may.
         watch = watcher.watch().await?;
@@ -466,7 +476,7 @@ async fn whole(mut stage: Stage, call: Dropped) -> Result<(), String> {
         let possible = match call {
             Dropped::Acquire => seen.is_none() || seen == Some(Vec::new()),
             Dropped::Publish => seen.as_ref() == Some(&old) || seen.as_ref() == Some(&new),
-            Dropped::Release => seen.is_none() || seen.as_ref() == Some(&old),
+            Dropped::Release => stage.is_gone(&watch.seen, name) || seen.as_ref() == Some(&old),
             Dropped::Renew | Dropped::Watch => seen.as_ref() == Some(&old),
         };
         ensure(possible, || at(format!("others see {seen:?}")))?;
@@ -481,7 +491,11 @@ async fn whole(mut stage: Stage, call: Dropped) -> Result<(), String> {
             Dropped::Release => {
                 member.release().await.map_err(at)?;
                 let answer = member.manager.renew(name).await;
-                let gone = matches!(answer, Err(SubnetError::NotHeld { .. }));
+                let gone = match &answer {
+                    Err(SubnetError::NotHeld { .. }) => true,
+                    Ok(owned) => stage.store.holds_while_assigned() && owned.lease.offers.is_empty(),
+                    Err(_) => false,
+                };
                 ensure(gone, || at(format!("released again, and renew answers {answer:?}")))?;
             }
             Dropped::Watch => drop(member.watch().await.map_err(at)?.next().await.map_err(at)?),

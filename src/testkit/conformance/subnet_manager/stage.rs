@@ -31,6 +31,11 @@ impl Stage {
         self.came >= NODES
     }
 
+    /// Whether a watch has told that a node gave its lease back.
+    pub(super) fn is_gone(&self, seen: &Seen, node: &NodeName) -> bool {
+        seen.leases.get(node).is_none_or(|lease| self.store.holds_while_assigned() && lease.offers.is_empty())
+    }
+
     /// A node that the store does not know.
     pub(super) async fn stranger(&mut self) -> Result<Member, String> {
         let number = self.came;
@@ -135,7 +140,6 @@ impl Member {
             "null",
             "{}",
             r#"{"b":1,"a":2}"#,
-            r#"{ "spaced" :  [ 1 , 2 ] }"#,
             r#"{"text":"\u00e9 é \"quoted\" \\ \n","number":1.0e2,"big":18446744073709551615}"#,
             &format!(r#"{{"long":"{}"}}"#, "x".repeat(4000)),
         ];

@@ -11,6 +11,7 @@ use ipnetwork::{Ipv4Network, Ipv6Network};
 use super::*;
 use crate::config::NetworkConfig;
 use crate::lease::BackendData;
+use crate::subnet::file::FileSubnets;
 use crate::subnet::memory::MemorySubnets;
 use crate::subnet::{LeaseRequest, LeaseStream, SubnetManager};
 use crate::types::Stack;
@@ -61,6 +62,59 @@ async fn the_store_in_memory_conforms_when_it_allocates_subnets() {
     report.assert_ok();
     let untried: Vec<Rule> = report.untried().iter().map(|untried| untried.rule).collect();
     assert_eq!(untried, [WAITS, RECOVERS], "{report}");
+}
+
+/// Files that all nodes write into.
+#[derive(Debug)]
+struct Files;
+
+#[async_trait]
+impl Fixture for Files {
+    async fn store(&self) -> Result<Box<dyn Store>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let network = r#"{"Network": "10.42.0.0/16", "EnableIPv6": true, "IPv6Network": "2001:db8:42::/56"}"#;
+        let text = format!("{{\n  \"network\": {network},\n  \"nodes\": {{\n  }}\n}}\n");
+        std::fs::write(folder.path().join("cluster.json"), text).unwrap();
+        Ok(Box::new(File(folder)))
+    }
+}
+
+#[derive(Debug)]
+struct File(tempfile::TempDir);
+
+#[async_trait]
+impl Store for File {
+    async fn manager(&self, _: &NodeName) -> Result<Arc<dyn SubnetManager>, String> {
+        Ok(Arc::new(FileSubnets::shared(self.0.path().join("cluster.json"))))
+    }
+
+    fn assigns(&self) -> bool {
+        true
+    }
+
+    fn holds_while_assigned(&self) -> bool {
+        true
+    }
+
+    async fn admit(&self, node: &NodeName, number: u8) -> Result<(), String> {
+        let path = self.0.path().join("cluster.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let before = text.strip_suffix("\n  }\n}\n").ok_or("the end of the file is another")?;
+        let comma = if before.ends_with('{') { "" } else { "," };
+        let entry =
+            format!(r#""{node}": {{"subnet": "10.42.{number}.0/24", "ipv6Subnet": "2001:db8:42:{number:x}::/64"}}"#);
+        let new = self.0.path().join("new");
+        std::fs::write(&new, format!("{before}{comma}\n    {entry}\n  }}\n}}\n")).unwrap();
+        std::fs::rename(new, path).map_err(|e| e.to_string())
+    }
+}
+
+#[tokio::test]
+async fn the_store_in_a_file_conforms() {
+    let report = check(&Files).await;
+    report.assert_ok();
+    let untried: Vec<Rule> = report.untried().iter().map(|untried| untried.rule).collect();
+    assert_eq!(untried, [RECOVERS], "{report}");
 }
 
 /// What is wrong with a store.
