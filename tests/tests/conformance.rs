@@ -2,11 +2,12 @@
 //! thing by the same test.
 
 use std::collections::BTreeSet;
-use std::fmt;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use podnet::driver::Driver;
+use podnet::driver::iptables::{IptablesDriver, IptablesPrograms};
 use podnet::driver::netlink::{ALIAS, NetlinkDriver, PROTOCOL};
 use podnet::driver::nftables::NftablesDriver;
 use podnet::driver::sysctl::SysctlDriver;
@@ -63,7 +64,7 @@ struct NetlinkWorld {
 
 #[async_trait]
 impl World for NetlinkWorld {
-    fn driver(&self) -> Arc<dyn Driver> {
+    async fn driver(&self) -> Arc<dyn Driver> {
         Arc::new(NetlinkDriver::open(&namespace(&self.netns)).unwrap())
     }
 
@@ -118,16 +119,10 @@ async fn the_netlink_driver_conforms() {
     assert_eq!(report.failures().len(), known, "{report}");
 }
 
-// ---- firewall ----
+// ---- nftables ----
 
-/// A firewall driver in a namespace; which, is for the one who makes it.
-struct Firewall(fn(&Netns) -> Arc<dyn Driver>);
-
-impl fmt::Debug for Firewall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("of the firewall")
-    }
-}
+#[derive(Debug)]
+struct Nftables;
 
 fn number(family: Family) -> u8 {
     match family {
@@ -137,7 +132,7 @@ fn number(family: Family) -> u8 {
 }
 
 #[async_trait]
-impl Fixture for Firewall {
+impl Fixture for Nftables {
     async fn world(&self) -> Result<Box<dyn World>, String> {
         let netns = Netns::new("firewall").map_err(|e| e.to_string())?;
         // Somebody else's rules.
@@ -147,27 +142,21 @@ impl Fixture for Firewall {
             nft::rule(nft::IPV4, "filter", "FORWARD", &[nft::verdict(nft::ACCEPT)]),
         ];
         nft::commit(&netns, &steps);
-        Ok(Box::new(FirewallWorld { netns, driver: self.0, taken: Mutex::default() }))
+        Ok(Box::new(NftablesWorld { netns, taken: Mutex::default() }))
     }
 }
 
-struct FirewallWorld {
+#[derive(Debug)]
+struct NftablesWorld {
     netns: Netns,
-    driver: fn(&Netns) -> Arc<dyn Driver>,
     /// Where our table's name is somebody else's.
     taken: Mutex<BTreeSet<Family>>,
 }
 
-impl fmt::Debug for FirewallWorld {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FirewallWorld").finish_non_exhaustive()
-    }
-}
-
 #[async_trait]
-impl World for FirewallWorld {
-    fn driver(&self) -> Arc<dyn Driver> {
-        (self.driver)(&self.netns)
+impl World for NftablesWorld {
+    async fn driver(&self) -> Arc<dyn Driver> {
+        Arc::new(NftablesDriver::open(&namespace(&self.netns)).unwrap())
     }
 
     fn samples(&self) -> Samples {
@@ -202,7 +191,112 @@ impl World for FirewallWorld {
 
 #[tokio::test]
 async fn the_nftables_driver_conforms() {
-    let report = check(&Firewall(|netns| Arc::new(NftablesDriver::open(&namespace(netns)).unwrap()))).await;
+    let report = check(&Nftables).await;
+    report.assert_ok();
+    assert!(report.untried().is_empty(), "{report}");
+}
+
+// ---- iptables ----
+
+/// By iptables-nft: the one of the two variants that an ordinary user can run in a namespace.
+#[derive(Debug)]
+struct Iptables(IptablesPrograms);
+
+fn programs() -> Option<IptablesPrograms> {
+    let at = |folder: &&str, name: &str| format!("{folder}/{name}");
+    IptablesPrograms::FOLDERS.iter().find_map(|folder| {
+        IptablesPrograms::new(
+            at(folder, "iptables-nft-save"),
+            at(folder, "iptables-nft-restore"),
+            at(folder, "ip6tables-nft-save"),
+            at(folder, "ip6tables-nft-restore"),
+        )
+        .ok()
+    })
+}
+
+/// Runs a program on a namespace; what it prints.
+fn run(netns: &Netns, program: &str, line: &str) -> Result<String, String> {
+    let arguments: Vec<&str> = line.split_whitespace().collect();
+    let output = netns.run(|| Command::new(program).args(arguments).output());
+    let output = output.map_err(|e| e.to_string())?.map_err(|e| format!("{program}: {e}"))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{program} {line}: {}", String::from_utf8_lossy(&output.stderr))),
+    }
+}
+
+fn program(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables-nft",
+        Family::V6 => "ip6tables-nft",
+    }
+}
+
+#[async_trait]
+impl Fixture for Iptables {
+    async fn world(&self) -> Result<Box<dyn World>, String> {
+        let netns = Netns::new("iptables").map_err(|e| e.to_string())?;
+        for family in Family::BOTH {
+            // Somebody else's rules.
+            run(&netns, program(family), "-A FORWARD -i docker0 -j ACCEPT")?;
+            run(&netns, program(family), "-t nat -A POSTROUTING -o docker0 -j RETURN")?;
+        }
+        Ok(Box::new(IptablesWorld { netns, programs: self.0.clone(), taken: Mutex::default() }))
+    }
+}
+
+#[derive(Debug)]
+struct IptablesWorld {
+    netns: Netns,
+    programs: IptablesPrograms,
+    taken: Mutex<BTreeSet<Family>>,
+}
+
+#[async_trait]
+impl World for IptablesWorld {
+    async fn driver(&self) -> Arc<dyn Driver> {
+        Arc::new(IptablesDriver::open(&namespace(&self.netns), self.programs.clone()).await.unwrap())
+    }
+
+    fn samples(&self) -> Samples {
+        Samples::firewall()
+    }
+
+    async fn remove(&self, object: &Object) -> Result<(), String> {
+        let Object::Ruleset(rules) = object else { return Err(format!("{object} is no ruleset")) };
+        run(&self.netns, program(rules.family), "-F FLANNEL-FWD").map(drop)
+    }
+
+    async fn obstruct(&self, object: &Object) -> Result<bool, String> {
+        let Object::Ruleset(rules) = object else { return Ok(false) };
+        for line in ["-N FLANNEL-FWD", "-A FLANNEL-FWD -i mine -j ACCEPT"] {
+            run(&self.netns, program(rules.family), line)?;
+        }
+        self.taken.lock().unwrap().insert(rules.family);
+        Ok(true)
+    }
+
+    async fn foreign(&self) -> String {
+        let taken = self.taken.lock().unwrap().clone();
+        let mut all = String::new();
+        for family in Family::BOTH {
+            let saved = run(&self.netns, &format!("{}-save", program(family)), "").unwrap();
+            let foreign =
+                |line: &&str| !line.starts_with('#') && (taken.contains(&family) || !line.contains("FLANNEL"));
+            all.extend(saved.lines().filter(foreign).map(|line| format!("{family}: {line}\n")));
+        }
+        all
+    }
+}
+
+#[tokio::test]
+async fn the_iptables_driver_conforms() {
+    let Some(programs) = programs() else {
+        println!("skipped: iptables-nft is not installed");
+        return;
+    };
+    let report = check(&Iptables(programs)).await;
     report.assert_ok();
     assert!(report.untried().is_empty(), "{report}");
 }
@@ -230,7 +324,7 @@ struct SysctlWorld(Netns);
 
 #[async_trait]
 impl World for SysctlWorld {
-    fn driver(&self) -> Arc<dyn Driver> {
+    async fn driver(&self) -> Arc<dyn Driver> {
         Arc::new(SysctlDriver::new(&namespace(&self.0)))
     }
 

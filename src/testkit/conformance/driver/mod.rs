@@ -25,7 +25,7 @@
 //!
 //! #[async_trait::async_trait]
 //! impl World for Kernel {
-//!     fn driver(&self) -> Arc<dyn Driver> {
+//!     async fn driver(&self) -> Arc<dyn Driver> {
 //!         self.0.firewall()
 //!     }
 //!     fn samples(&self) -> Samples {
@@ -86,12 +86,12 @@ pub trait Fixture: Debug + Send + Sync {
 #[async_trait]
 pub trait World: Debug + Send + Sync {
     /// A new driver, as a new process of ours would have.
-    fn driver(&self) -> Arc<dyn Driver>;
+    async fn driver(&self) -> Arc<dyn Driver>;
 
     /// What the driver is to make here.
     fn samples(&self) -> Samples;
 
-    /// Takes an object away by somebody else's hand: not by the driver under trial. A setting is set to something else.
+    /// Takes an object away, or spoils it, by somebody else's hand: not by the driver under trial. A setting is set to something else.
     async fn remove(&self, object: &Object) -> Result<(), String>;
 
     /// Whether the driver's [hints](Driver::changes) can tell of such a removal: some things the kernel tells nobody.
@@ -433,7 +433,7 @@ async fn stable(stage: Stage) -> Result<(), String> {
 async fn restart(stage: Stage) -> Result<(), String> {
     stage.build().await?;
     let before = stage.observe().await?;
-    let again = stage.world.driver();
+    let again = stage.world.driver().await;
     let after = again.observe(&stage.samples.scope).await.map_err(|e| format!("a new driver: {e}"))?;
     stage::same(&before, &after)?;
     whole(&after, stage.objects())

@@ -23,7 +23,7 @@ const ROUNDS: usize = 5;
 impl Stage {
     pub(super) async fn new(fixture: &dyn Fixture) -> Result<Self, String> {
         let world = fixture.world().await.map_err(|e| format!("the fixture makes no world: {e}"))?;
-        let (driver, samples) = (world.driver(), world.samples());
+        let (driver, samples) = (world.driver().await, world.samples());
         Ok(Stage { world, driver, samples, patience: fixture.patience() })
     }
 
@@ -91,7 +91,7 @@ impl Stage {
         self.towards(&self.desired()).await?;
         whole(&self.observe().await?, self.objects())?;
         // A driver that believes itself is asked by one that remembers nothing.
-        let seen = self.world.driver().observe(&self.samples.scope).await;
+        let seen = self.world.driver().await.observe(&self.samples.scope).await;
         let seen = seen.map_err(|e| format!("observe by a new driver: {e}"))?;
         whole(&seen, self.objects()).map_err(|e| format!("seen by a new driver: {e}"))
     }

@@ -64,7 +64,7 @@ struct Kernel {
 
 #[async_trait]
 impl World for Kernel {
-    fn driver(&self) -> Arc<dyn Driver> {
+    async fn driver(&self) -> Arc<dyn Driver> {
         let inner = match self.which {
             Which::Netlink => self.kernel.netlink(),
             Which::Firewall => self.kernel.firewall(),
