@@ -1,5 +1,5 @@
-//! The suite for stores of leases: what the engine relies on, asked of [`SubnetManager`]s of several nodes of one store. It knows
-//! nothing of how a store keeps leases; a [`Fixture`] makes empty ones.
+//! The suite for stores of leases: what the engine relies on, asked of the [`SubnetManager`](crate::subnet::SubnetManager)s of
+//! several nodes of one store. It knows nothing of how a store keeps leases; a [`Fixture`] makes empty ones.
 //!
 //! A store that assigns subnets, as Kubernetes does, says how a node gets its own:
 //!
