@@ -35,6 +35,9 @@ use crate::underlay::UnderlayChoice;
 /// The name of the abstract unix socket that keeps a second overlay out of a network namespace. The kernel frees it with
 /// the process that holds it, however that ends.
 const LOCK: &str = "podnet/overlay";
+/// How often, and how far apart, a lock that is held is asked for again.
+const LOCK_TRIES: u32 = 10;
+const LOCK_WAIT: Duration = Duration::from_millis(10);
 /// Questions that may wait for the engine; more wait in their callers.
 const QUEUE: usize = 16;
 /// The shortest period of the full check (invariant 13).
@@ -95,6 +98,7 @@ pub struct Node {
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
 /// | [`router_advertisements`](Self::router_advertisements) | [`HostSetting::Set`] |
 /// | [`public_addresses`](Self::public_addresses) | the underlay's own |
+/// | [`require_encryption`](Self::require_encryption) | no |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
 /// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
@@ -116,6 +120,7 @@ pub struct NodeBuilder {
     bridge_netfilter: HostSetting,
     router_advertisements: HostSetting,
     public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
+    require_encryption: bool,
     check_period: Duration,
     clock: Arc<dyn Clock>,
 }
@@ -139,6 +144,7 @@ impl Node {
             bridge_netfilter: HostSetting::Report,
             router_advertisements: HostSetting::Set,
             public: None,
+            require_encryption: false,
             check_period: SHORTEST_CHECK,
             clock: Arc::new(SystemClock::new()),
         }
@@ -156,7 +162,7 @@ impl Node {
     pub async fn start(self) -> Result<(Arc<dyn Overlay>, Runner), Error> {
         let given: BTreeSet<Domain> = self.drivers.iter().map(|d| d.domain()).collect();
         // Who brings a kernel of his own has no namespace to share.
-        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
+        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace).await?) };
         let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
         if !given.contains(&Domain::Sysctl) {
             drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
@@ -294,6 +300,18 @@ impl NodeBuilder {
         self
     }
 
+    /// Whether pod packets may leave this node for another in encrypted form alone.
+    ///
+    /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
+    /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
+    /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
+    /// configuration, or flannel, left are taken away at once, without waiting for the leases. The blackhole stays with
+    /// [`Shutdown::Keep`](crate::Shutdown::Keep) and when the process is killed.
+    pub fn require_encryption(mut self, required: bool) -> Self {
+        self.require_encryption = required;
+        self
+    }
+
     /// How often the kernel is compared as a whole: 10 s to a day. Longer where a comparison takes more than 0.2 % of that.
     pub fn check_period(mut self, period: Duration) -> Self {
         self.check_period = period;
@@ -320,6 +338,9 @@ impl NodeBuilder {
         let mut kinds = BTreeSet::new();
         let mut devices = BTreeSet::new();
         for backend in &self.backends {
+            if self.require_encryption && !backend.capabilities().encrypts {
+                problems.push(format!("encryption is required, and the backend {} does not encrypt", backend.kind()));
+            }
             if !kinds.insert(backend.kind()) {
                 problems.push(format!("the backend {} is given twice: one of a kind is allowed", backend.kind()));
             }
@@ -369,6 +390,7 @@ impl NodeBuilder {
                 bridge_netfilter: possible(self.bridge_netfilter),
                 router_advertisements: possible(self.router_advertisements),
                 public: self.public,
+                require_encryption: self.require_encryption,
                 check_period: self.check_period,
                 clock: self.clock,
             },
@@ -381,14 +403,25 @@ impl NodeBuilder {
 }
 
 /// Takes the lock of a namespace; it is held as long as the socket is open.
-fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
-    namespace.abstract_socket(LOCK).map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => Error::AlreadyRunning { lock: format!("@{LOCK}") },
-        _ => Error::Driver(DriverError::Io {
-            attempted: "open a socket in the network namespace".to_owned(),
-            reason: e.to_string(),
-        }),
-    })
+///
+/// Every program that this process starts has a copy of an overlay's socket between its fork and its exec: a lock that was just
+/// given up may be held for a moment longer.
+async fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
+    let mut tries = 0;
+    loop {
+        match namespace.abstract_socket(LOCK) {
+            Ok(socket) => return Ok(socket),
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && tries < LOCK_TRIES => tries += 1,
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+                return Err(Error::AlreadyRunning { lock: format!("@{LOCK}") });
+            }
+            Err(e) => {
+                let attempted = "open a socket in the network namespace".to_owned();
+                return Err(Error::Driver(DriverError::Io { attempted, reason: e.to_string() }));
+            }
+        }
+        tokio::time::sleep(LOCK_WAIT).await;
+    }
 }
 
 fn starting(node: &NodeName) -> Status {
