@@ -13,7 +13,6 @@ use podnet::driver::nftables::NftablesDriver;
 use podnet::driver::sysctl::SysctlDriver;
 use podnet::masquerade::Ruleset;
 use podnet::plan::{NextHop, Object};
-use podnet::testkit::conformance::Violation;
 use podnet::testkit::conformance::driver::{Fixture, Samples, World, check};
 use podnet::testkit::kernel::{KernelRoute, Operation, PROTOCOL_STATIC, RouteMode, World as _};
 use podnet::types::{DeviceName, Family};
@@ -110,13 +109,7 @@ impl World for NetlinkWorld {
 async fn the_netlink_driver_conforms() {
     let report = check(&Netlink).await;
     assert!(report.untried().is_empty(), "{report}");
-    // Known: the kernel's replacement of an IPv4 route takes whatever is first in its place, and the driver does not look again. A
-    // route that others put there since the last observation is taken over then. The fake driver refuses.
-    let known =
-        |v: &&Violation| v.rule.name == "outdated-step-takes-nothing" && v.scenario.ends_with(" route 10.42.1.0/24");
-    let known = report.failures().iter().filter(known).count();
-    assert_eq!(known, 1, "has it been mended? Then let the report be ok: {report}");
-    assert_eq!(report.failures().len(), known, "{report}");
+    report.assert_ok();
 }
 
 // ---- nftables ----
