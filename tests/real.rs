@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub const STATIC: u8 = 4;
 
 /// So many clusters at once: a test that measures time is not to be starved by the tests beside it.
-static TURNS: Semaphore = Semaphore::const_new(3);
+static TURNS: Semaphore = Semaphore::const_new(2);
 
 /// Waits for a turn, which lasts as long as what is returned.
 pub async fn turn() -> SemaphorePermit<'static> {

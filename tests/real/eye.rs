@@ -188,9 +188,9 @@ impl Eye {
         self.netns.run(read).expect("the namespace").expect("/proc/net")
     }
 
-    /// How many of so many looks were cut through by a change: by `NLM_F_DUMP_INTR`, the kernel's own word for it.
-    pub fn interrupted(&self, looks: usize) -> usize {
-        (0..looks).filter(|_| self.look().is_none()).count()
+    /// How many of so many lists of nexthop objects were cut through by a change: by `NLM_F_DUMP_INTR`, the kernel's own word for it.
+    pub fn interrupted(&self, lists: usize) -> usize {
+        (0..lists).filter(|_| dump(&self.route, NEXTHOPS, &[0; 8]).is_none()).count()
     }
 
     /// The events that the kernel could not put before those who listen to rtnetlink in the namespace.
