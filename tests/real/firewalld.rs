@@ -30,7 +30,7 @@ pub struct Firewalld {
 impl Firewalld {
     /// Starts both and waits until firewalld answers; `None`, with one line that says why, where one is not installed.
     pub async fn start(netns: &Netns) -> Option<Firewalld> {
-        for program in ["dbus-daemon", "firewalld", "firewall-cmd"] {
+        for program in ["unshare", "dbus-daemon", "firewalld", "firewall-cmd"] {
             if place(program).is_none() {
                 // Not by `println!`, which the test harness keeps to itself.
                 let line = format!("skipped: the test with firewalld: {program} is not installed\n");
@@ -60,7 +60,10 @@ impl Firewalld {
         let listening = || async { Ok(UnixStream::connect(&socket).and_then(|s| s.shutdown(Shutdown::Both)).is_ok()) };
         wait_until("the private bus", PATIENCE, listening).await.expect("dbus-daemon");
 
-        let mut command = Command::new(place("firewalld").expect("found above"));
+        // It keeps files under /run, which is not an ordinary user's, and not this test's.
+        let mut command = Command::new(place("unshare").expect("found above"));
+        command.args(["--mount", "--", "sh", "-c", "mount -t tmpfs tmpfs /run && exec \"$@\"", "sh"]);
+        command.arg(place("firewalld").expect("found above"));
         command.args(["--nofork", "--nopid", "--log-target=console"]).arg(format!("--system-config={}", own.display()));
         command.env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}", socket.display()));
         let daemon = spawn(netns, command);

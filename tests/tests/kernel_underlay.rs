@@ -94,7 +94,7 @@ async fn fault_09_the_mtu_of_pods_follows_the_underlay_down_and_up() {
             let watch = Stopwatch::start(host.netns());
             host.set_mtu(UNDERLAY_INTERFACE, mtu).await.unwrap();
             let wanted = way.pod_mtu(mtu, &DUAL);
-            let status = cluster.overlay(0).until(|s| s.pod_mtu.is_some_and(|m| u32::from(m.bytes()) == wanted)).await;
+            let status = cluster.overlay(0).until(|s| s.pod_mtu.is_some_and(|m| m.bytes() == wanted)).await;
             watch.assert_soon();
             assert!(status.is_ready(), "{status}");
             cluster.assert_pods_talk().await;
