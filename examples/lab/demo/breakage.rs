@@ -73,13 +73,15 @@ async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
 }
 
 /// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
-struct HostConfiguration {
+#[derive(Debug, Clone)]
+pub struct HostConfiguration {
     addresses: Vec<IpNetwork>,
     routes: Vec<Route>,
 }
 
 impl HostConfiguration {
-    async fn of(host: &Host) -> Result<Self, LabError> {
+    /// As it is now.
+    pub async fn of(host: &Host) -> Result<Self, LabError> {
         let addresses = host.addresses(UNDERLAY_INTERFACE).await?.into_iter();
         let mut routes = Vec::new();
         for family in Family::BOTH {
@@ -92,7 +94,8 @@ impl HostConfiguration {
         Ok(Self { addresses: addresses.filter(|address| !is_link_local(address.ip())).collect(), routes })
     }
 
-    async fn restore(&self, host: &Host) -> Result<(), LabError> {
+    /// Brings back what is missing, once the link carries packets.
+    pub async fn restore(&self, host: &Host) -> Result<(), LabError> {
         host.wait_ready(UNDERLAY_INTERFACE, DEADLINE).await?;
         // The kernel keeps IPv4 addresses over a down, and no IPv6 address.
         let there = host.addresses(UNDERLAY_INTERFACE).await?;
