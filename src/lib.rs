@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! SubnetManager --events--> Admission --admitted--> Backend, Masquerade --> Desired --+
-//!  memory                   (pure: who may          (pure functions)                  +-- diff --> Plan --> Driver.apply --> kernel
+//!  memory, file             (pure: who may          (pure functions)                  +-- diff --> Plan --> Driver.apply --> kernel
 //!                            claim what)             Driver.observe --> Picture ------+   (pure)    ^           |
 //!                                                    Driver.changes --------------------------------+-----------+ (hints, lossy)
 //! ```
@@ -74,6 +74,7 @@ pub mod config;
 pub mod driver;
 mod engine;
 mod error;
+pub mod flannel;
 pub mod lease;
 pub mod masquerade;
 mod node;

@@ -432,3 +432,174 @@ pub fn collisions(
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(name: &str) -> DeviceName {
+        name.parse().unwrap()
+    }
+
+    fn link(index: u32, name: &str) -> HostLink {
+        HostLink {
+            index,
+            name: device(name),
+            kind: String::new(),
+            mtu: 1500,
+            mac: None,
+            up: true,
+            carrier: true,
+            loopback: name == "lo",
+            vxlan: None,
+        }
+    }
+
+    fn address(on: &str, address: &str) -> HostAddress {
+        HostAddress {
+            device: device(on),
+            address: address.parse().unwrap(),
+            global: true,
+            permanent: true,
+            temporary: false,
+            deprecated: false,
+        }
+    }
+
+    fn route(destination: &str, over: &str, gateway: Option<&str>, metric: u32) -> HostRoute {
+        HostRoute {
+            destination: destination.parse().unwrap(),
+            device: Some(device(over)),
+            gateway: gateway.map(|g| g.parse().unwrap()),
+            source: None,
+            metric,
+            protocol: 16,
+        }
+    }
+
+    /// A management network on eth0, the cluster's on eth1.
+    fn host() -> HostView {
+        HostView {
+            links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1"), link(4, "docker0")],
+            addresses: vec![
+                address("lo", "127.0.0.1/8"),
+                address("eth0", "192.0.2.7/24"),
+                address("eth1", "10.240.0.103/24"),
+                address("eth1", "fe80::1/64"),
+                address("eth1", "2001:db8:240::103/64"),
+                address("docker0", "172.17.0.1/16"),
+            ],
+            routes: vec![
+                route("0.0.0.0/0", "eth0", Some("192.0.2.1"), 100),
+                route("0.0.0.0/0", "eth1", Some("10.240.0.1"), 200),
+                route("::/0", "eth1", Some("fe80::2"), 1024),
+                route("192.0.2.0/24", "eth0", None, 0),
+                route("10.240.0.0/24", "eth1", None, 0),
+                HostRoute {
+                    source: Some("10.240.0.103".parse().unwrap()),
+                    ..route("10.99.0.0/16", "eth1", Some("10.240.0.9"), 0)
+                },
+            ],
+        }
+    }
+
+    fn chosen(host: &HostView, choice: &UnderlayChoice, families: &[Family]) -> String {
+        match choose(host, choice, families, None) {
+            Ok((underlay, why)) => {
+                let addresses: Vec<String> =
+                    families.iter().filter_map(|f| underlay.address(*f)).map(|a| a.to_string()).collect();
+                format!("{} {}: {why}", underlay.device, addresses.join(" "))
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn matching(pattern: &str) -> UnderlayChoice {
+        UnderlayChoice::Matching(Pattern::new(pattern).unwrap())
+    }
+
+    #[test]
+    fn without_a_choice_the_default_route_of_the_first_family_decides_and_the_least_metric() {
+        let auto = UnderlayChoice::Automatic;
+        let (v4, v6) = (&[Family::V4], &[Family::V6]);
+        assert_eq!(chosen(&host(), &auto, v4), "eth0 192.0.2.7: it has the IPv4 default route (metric 100)");
+        assert_eq!(chosen(&host(), &auto, v6), "eth1 2001:db8:240::103: it has the IPv6 default route (metric 1024)");
+        assert!(chosen(&host(), &auto, &Family::BOTH).starts_with("eth0 192.0.2.7: it has the IPv4 default route"));
+    }
+
+    #[test]
+    fn a_choice_outlives_its_default_route_as_long_as_it_has_its_address() {
+        let (auto, mut host) = (UnderlayChoice::Automatic, host());
+        let (before, _) = choose(&host, &auto, &[Family::V4], None).unwrap();
+        host.routes.retain(|r| r.destination.prefix() > 0);
+        let (kept, why) = choose(&host, &auto, &[Family::V4], Some(&before)).unwrap();
+        assert_eq!((kept.device.as_str(), why.as_str()), ("eth0", "it had the IPv4 default route, which is gone"));
+        assert!(chosen(&host, &auto, &[Family::V4]).contains("no IPv4 default route"), "there was none before");
+        host.addresses.retain(|a| a.device != before.device);
+        assert!(choose(&host, &auto, &[Family::V4], Some(&before)).is_err());
+    }
+
+    #[test]
+    fn a_pattern_fits_addresses_before_names_and_with_two_families_both() {
+        let (v4, both) = (&[Family::V4], &Family::BOTH);
+        assert_eq!(
+            chosen(&host(), &matching(r"^10\.240\."), v4),
+            r"eth1 10.240.0.103: its address 10.240.0.103 fits ^10\.240\."
+        );
+        assert!(chosen(&host(), &matching("^eth1$"), both).contains("its name fits ^eth1$"));
+        assert!(chosen(&host(), &matching("240"), both).starts_with("eth1 10.240.0.103 2001:db8:240::103"));
+        // eth0 has no IPv6 address: by its name it is chosen all the same.
+        assert!(chosen(&host(), &matching("eth0|^192"), both).starts_with("eth0 192.0.2.7: its name"));
+        assert!(chosen(&host(), &matching("^wg"), v4).contains("no device has an address or a name that fits \"^wg\""));
+        assert!(Pattern::new("(").unwrap_err().to_string().starts_with("\"(\" is not a regular expression"));
+    }
+
+    #[test]
+    fn what_reaches_an_address_is_found_with_the_source_that_the_host_would_use() {
+        let reaching = |a: &str| UnderlayChoice::Reaching(a.parse().unwrap());
+        let found = chosen(&host(), &reaching("10.99.3.4"), &[Family::V4]);
+        assert_eq!(found, "eth1 10.240.0.103: the host reaches 10.99.3.4 over it (10.99.0.0/16)");
+        assert!(chosen(&host(), &reaching("198.51.100.1"), &[Family::V4]).starts_with("eth0 192.0.2.7"));
+        let mut cut_off = host();
+        cut_off.routes.clear();
+        assert!(chosen(&cut_off, &reaching("198.51.100.1"), &[Family::V4]).contains("no route to 198.51.100.1"));
+    }
+
+    #[test]
+    fn of_several_choices_the_first_that_finds_something_holds_and_else_each_says_why_not() {
+        let choices = |last: &str| {
+            UnderlayChoice::FirstOf(vec![
+                UnderlayChoice::Device(device("bond0")),
+                UnderlayChoice::Address("10.0.0.1".parse().unwrap()),
+                matching(last),
+            ])
+        };
+        assert!(chosen(&host(), &choices("eth1"), &[Family::V4]).starts_with("eth1 10.240.0.103"));
+        let error = chosen(&host(), &choices("wg"), &[Family::V4]);
+        assert!(
+            error.contains("no device bond0") && error.contains("the address 10.0.0.1") && error.contains("\"wg\"")
+        );
+    }
+
+    #[test]
+    fn of_several_addresses_the_most_lasting_is_taken_and_a_deprecated_one_as_the_last_resort() {
+        let mut host = host();
+        let plain = |a: &str| address("eth1", a);
+        host.addresses = vec![
+            HostAddress { deprecated: true, ..plain("2001:db8::1/64") },
+            HostAddress { temporary: true, permanent: false, ..plain("2001:db8::2/64") },
+            HostAddress { permanent: false, ..plain("2001:db8::3/64") },
+            HostAddress { global: false, ..plain("fec0::4/64") },
+            plain("2001:db8::5/64"),
+            plain("2001:db8::6/64"),
+            plain("fe80::7/64"),
+        ];
+        let choice = UnderlayChoice::Device(device("eth1"));
+        for best in ["2001:db8::5", "2001:db8::6", "2001:db8::3", "2001:db8::2", "fec0::4", "2001:db8::1"] {
+            let (underlay, _) = choose(&host, &choice, &[Family::V6], None).unwrap();
+            assert_eq!(underlay.address(Family::V6), Some(best.parse().unwrap()));
+            host.addresses.retain(|a| a.address.ip() != best.parse::<IpAddr>().unwrap());
+        }
+        assert!(choose(&host, &choice, &[Family::V6], None).is_err(), "a link-local address is none");
+    }
+}

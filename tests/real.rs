@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use podnet::config::NetworkConfig;
 use podnet::driver::NetworkNamespace;
 use podnet::lease::Lease;
 use podnet::status::Status;
 use podnet::subnet::SubnetManager;
 use podnet::subnet::memory::MemorySubnets;
-use podnet::types::Stack;
+use podnet::types::{Family, Stack};
 use podnet::{Node, NodeBuilder, Runner};
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{PingOptions, ping};
@@ -82,7 +82,7 @@ impl Cluster {
         let mut lab = Lab::build(spec).await.expect("a lab: run the tests as root or under `unshare -Urn`");
         lab.attach_pods(mtu).await.expect("pods");
         for node in lab.nodes() {
-            subnets.assign(&name(node.name()), Stack::V4(lab.spec().subnet(node.index())));
+            subnets.assign(&name(node.name()), lab.spec().subnets(node.index()));
             services::publish(node.host(), &[services::Service::dns(Ipv4Addr::new(10, 42, 0, 2))]).expect("services");
         }
         let overlays = lab.nodes().iter().map(|_| None).collect();
@@ -138,7 +138,7 @@ impl Cluster {
     /// Every pod reaches every other one, with no packet lost.
     pub async fn assert_pods_talk(&self) {
         for from in self.lab.pods() {
-            for to in self.lab.pods().filter(|to| to.address() != from.address()) {
+            for to in self.lab.pods().filter(|to| to.name() != from.name()) {
                 let report = ping(from.netns(), to.ip(), PingOptions { count: 3, ..PingOptions::default() }).await;
                 let report = report.expect("a ping");
                 assert!(report.all_answered(), "{} to {}: {report:?}", from.name(), to.name());
@@ -149,15 +149,19 @@ impl Cluster {
     /// Objects of others on a node, beside docker's bridge, the default route and the services' table: an operator's own
     /// route over our device.
     pub async fn add_operators_route(&self, index: usize, peer: usize) {
-        let gateway = self.lab.spec().subnet(peer).network();
-        let route = Route::via("192.168.77.0/24".parse().expect("a network"), gateway.into(), DEVICE).onlink();
+        let gateway = self.subnet(peer).network();
+        let route = Route::via("192.168.77.0/24".parse().expect("a network"), gateway, DEVICE).onlink();
         self.host(index).add_route(&Route { protocol: STATIC, ..route }).await.expect("the operator's route");
+    }
+
+    fn subnet(&self, index: usize) -> IpNetwork {
+        self.lab.spec().subnet(index, Family::V4).expect("a cluster of IPv4")
     }
 
     /// The route that a node has to a peer.
     pub fn route_to(&self, peer: usize) -> Route {
-        let subnet = self.lab.spec().subnet(peer);
-        let route = Route::via(subnet.into(), subnet.network().into(), DEVICE).onlink();
+        let subnet = self.subnet(peer);
+        let route = Route::via(subnet, subnet.network(), DEVICE).onlink();
         Route { protocol: podnet::driver::netlink::PROTOCOL, ..route }
     }
 

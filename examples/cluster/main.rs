@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser as _;
-use podnet_lab::demo::{Cluster, DemoSpec, Outcome, Stage, breakage, proofs, restart};
-use podnet_lab::{LabError, Privilege, Underlay, enter_user_namespace_if_needed};
+use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Outcome, Stage, breakage, proofs, restart};
+use podnet_lab::{Families, LabError, Privilege, Underlay, enter_user_namespace_if_needed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -45,15 +45,17 @@ fn main() -> ExitCode {
 
 async fn show(options: &Options, privilege: Privilege) -> ExitCode {
     let start = Instant::now();
-    let screen = Screen::new(options.json, options.verbose > 0);
-    let underlay = Underlay::from(options.underlay);
-    let wires = match underlay {
-        Underlay::Gcp => "underlay as on Google's cloud",
-        Underlay::Lan => "underlay one Ethernet",
+    let backend = DemoBackend::from(options.backend);
+    let spec = DemoSpec {
+        nodes: options.nodes.into(),
+        underlay: options.underlay.map_or(backend.usual_underlay(), Underlay::from),
+        families: Families::from(options.stack),
+        backend,
+        ..DemoSpec::default()
     };
-    screen.title(options.nodes, wires, privilege);
+    let screen = Screen::new(options.json, options.verbose > 0, spec.families);
+    screen.title(&spec, privilege);
 
-    let spec = DemoSpec { nodes: options.nodes.into(), underlay, ..DemoSpec::default() };
     let mut stage = Stage::new(&screen);
     // An error has been told as a failed step: what it had built so far is gone with it.
     if let Ok(mut cluster) = Cluster::build(spec, &mut stage).await {
@@ -72,7 +74,7 @@ async fn show(options: &Options, privilege: Privilege) -> ExitCode {
     let took = start.elapsed();
     screen.verdict(stage.findings(), took);
     if options.json {
-        let document = output::document(stage.findings(), options.nodes, underlay, privilege, took);
+        let document = output::document(stage.findings(), &spec, privilege, took);
         // Whoever reads this may be gone; the exit code says the same.
         let _ = writeln!(std::io::stdout(), "{document:#}");
     }

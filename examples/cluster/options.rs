@@ -1,7 +1,8 @@
 //! The command line.
 
 use clap::{Parser, ValueEnum};
-use podnet_lab::Underlay;
+use podnet_lab::demo::DemoBackend;
+use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
 const AFTER: &str = "\
@@ -18,9 +19,17 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=10))]
     pub(crate) nodes: u8,
 
-    /// What connects the nodes
-    #[arg(long, value_enum, default_value_t = UnderlayOption::Gcp)]
-    pub(crate) underlay: UnderlayOption,
+    /// What connects the nodes [default: gcp; with host-gw lan]
+    #[arg(long, value_enum)]
+    pub(crate) underlay: Option<UnderlayOption>,
+
+    /// Which IP the cluster speaks
+    #[arg(long, value_enum, default_value_t = StackOption::V4)]
+    pub(crate) stack: StackOption,
+
+    /// What connects the pods
+    #[arg(long, value_enum, default_value_t = BackendOption::Vxlan)]
+    pub(crate) backend: BackendOption,
 
     /// Stay up until Ctrl-C, and say how to enter each namespace
     #[arg(long)]
@@ -38,7 +47,7 @@ pub(crate) struct Options {
 /// `--underlay`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum UnderlayOption {
-    /// As on Google's cloud: MTU 1460, each node a /32 behind a gateway
+    /// As on Google's cloud: MTU 1460, each node a /32 (IPv6: /128) behind a gateway
     Gcp,
     /// One Ethernet, MTU 1500
     Lan,
@@ -49,6 +58,48 @@ impl From<UnderlayOption> for Underlay {
         match option {
             UnderlayOption::Gcp => Underlay::Gcp,
             UnderlayOption::Lan => Underlay::Lan,
+        }
+    }
+}
+
+/// `--backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendOption {
+    /// flannel's VXLAN
+    Vxlan,
+    /// The same, with plain routes between nodes of one Ethernet
+    VxlanDirect,
+    /// Plain routes alone: for nodes of one Ethernet
+    HostGw,
+}
+
+impl From<BackendOption> for DemoBackend {
+    fn from(option: BackendOption) -> Self {
+        match option {
+            BackendOption::Vxlan => DemoBackend::Vxlan,
+            BackendOption::VxlanDirect => DemoBackend::VxlanDirect,
+            BackendOption::HostGw => DemoBackend::HostGw,
+        }
+    }
+}
+
+/// `--stack`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StackOption {
+    /// IPv4 alone
+    V4,
+    /// IPv6 alone
+    V6,
+    /// Both
+    Dual,
+}
+
+impl From<StackOption> for Families {
+    fn from(option: StackOption) -> Self {
+        match option {
+            StackOption::V4 => Stack::V4(()),
+            StackOption::V6 => Stack::V6(()),
+            StackOption::Dual => Stack::Dual((), ()),
         }
     }
 }

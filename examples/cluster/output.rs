@@ -5,12 +5,17 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
-use podnet_lab::demo::{Audience, Cluster, Finding, Outcome, Part};
-use podnet_lab::{Privilege, Underlay};
+use podnet_lab::demo::{Audience, Cluster, DemoSpec, Finding, Outcome, Part};
+use podnet_lab::{Families, Privilege, Stack, Underlay};
 use serde_json::{Value, json};
 
-/// Width of the column that says what was tried.
-const CLAIM: usize = 30;
+/// Width of the column that says what was tried: of the longest claim, which names its family where there is a choice.
+fn claim_width(families: Families) -> usize {
+    match families {
+        Stack::V4(()) => 30,
+        Stack::V6(()) | Stack::Dual((), ()) => 36,
+    }
+}
 
 const BOLD: Style = Style::new().bold();
 const FAINT: Style = Style::new().dimmed();
@@ -21,6 +26,7 @@ const YELLOW: Style = AnsiColor::Yellow.on_default();
 /// Where the lines go: stdout, or stderr when stdout is for JSON. anstream takes the colours out where nobody would see them.
 pub(crate) struct Screen {
     out: Mutex<State>,
+    claim_width: usize,
     /// What is tried now is shown, and overwritten when it is done: on a terminal that nothing else writes to.
     live: bool,
 }
@@ -31,13 +37,14 @@ struct State {
 }
 
 impl Screen {
-    pub(crate) fn new(json: bool, logs: bool) -> Self {
+    pub(crate) fn new(json: bool, logs: bool, families: Families) -> Self {
         let (out, terminal): (Box<dyn Write + Send>, bool) = if json {
             (Box::new(anstream::stderr()), io::stderr().is_terminal())
         } else {
             (Box::new(anstream::stdout()), io::stdout().is_terminal())
         };
-        Self { out: Mutex::new(State { out, part: None }), live: terminal && !logs }
+        let claim_width = claim_width(families);
+        Self { out: Mutex::new(State { out, part: None }), claim_width, live: terminal && !logs }
     }
 
     /// A line of its own.
@@ -46,13 +53,22 @@ impl Screen {
     }
 
     /// The first lines.
-    pub(crate) fn title(&self, nodes: u8, underlay: &str, privilege: Privilege) {
+    pub(crate) fn title(&self, spec: &DemoSpec, privilege: Privilege) {
         let by = match privilege {
             Privilege::Already => "as root",
             Privilege::UserNamespace => "as an ordinary user, root only in a user namespace of its own",
         };
-        let nodes = if nodes == 1 { "one node".to_owned() } else { format!("{nodes} nodes") };
-        self.say(&format!("{BOLD}podnet: a pod network of {nodes}, {underlay}, over VXLAN{BOLD:#}"));
+        let speaks = match spec.families {
+            Stack::V4(()) => "a",
+            Stack::V6(()) => "an IPv6",
+            Stack::Dual((), ()) => "a dual-stack",
+        };
+        let nodes = if spec.nodes == 1 { "one node".to_owned() } else { format!("{} nodes", spec.nodes) };
+        let wires = match spec.underlay {
+            Underlay::Gcp => "underlay as on Google's cloud",
+            Underlay::Lan => "underlay one Ethernet",
+        };
+        self.say(&format!("{BOLD}podnet: {speaks} pod network of {nodes}, {wires}, over {}{BOLD:#}", spec.backend));
         self.say(&format!("{FAINT}In network namespaces, {by}. Nothing on this machine is changed.{FAINT:#}"));
     }
 
@@ -114,12 +130,13 @@ impl Audience for Screen {
             Outcome::Fails => (RED, "FAIL"),
             Outcome::Skipped => (YELLOW, "skip"),
         };
+        let width = self.claim_width;
         self.write(|out| {
             if self.live {
                 // Back to the start of the line, and clear it.
                 write!(out, "\r\x1b[2K")?;
             }
-            writeln!(out, "  {style}{word}{style:#}  {:<CLAIM$}  {}", finding.claim, finding.seen)?;
+            writeln!(out, "  {style}{word}{style:#}  {:<width$}  {}", finding.claim, finding.seen)?;
             for line in &finding.details {
                 writeln!(out, "        {FAINT}{line}{FAINT:#}")?;
             }
@@ -129,18 +146,18 @@ impl Audience for Screen {
 }
 
 /// The document of `--json`.
-pub(crate) fn document(
-    findings: &[Finding],
-    nodes: u8,
-    underlay: Underlay,
-    privilege: Privilege,
-    took: Duration,
-) -> Value {
+pub(crate) fn document(findings: &[Finding], spec: &DemoSpec, privilege: Privilege, took: Duration) -> Value {
+    let stack = match spec.families {
+        Stack::V4(()) => "v4",
+        Stack::V6(()) => "v6",
+        Stack::Dual((), ()) => "dual",
+    };
     json!({
         "ok": count(findings, Outcome::Fails) == 0,
-        "nodes": nodes,
-        "underlay": underlay,
-        "backend": "vxlan",
+        "nodes": spec.nodes,
+        "underlay": spec.underlay,
+        "stack": stack,
+        "backend": spec.backend,
         "privilege": privilege,
         "seconds": (took.as_secs_f64() * 1000.0).round() / 1000.0,
         "findings": findings,

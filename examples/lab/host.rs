@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures::TryStreamExt as _;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
@@ -21,10 +21,12 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use podnet::types::Family;
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use serde::Serialize;
 
 use crate::error::Context as _;
+use crate::families::is_link_local;
 use crate::{LabError, Netns, wait_until};
 
 /// A namespace with a netlink connection into it. Clones share both. Everything in it vanishes with the last clone.
@@ -104,7 +106,7 @@ pub struct Route {
     pub protocol: u8,
     /// Preferred source address.
     pub source: Option<IpAddr>,
-    /// Metric; `None` is 0.
+    /// Metric; `None` is 0, and 1024 for an IPv6 route that is added.
     pub metric: Option<u32>,
     /// Nexthop object that the route uses; it stands for gateway, device and `onlink`, which are then only for the reader.
     pub nexthop_id: Option<u32>,
@@ -118,7 +120,8 @@ impl Route {
             gateway: None,
             device: device.into(),
             onlink: false,
-            scope_link: true,
+            // IPv6 routes have no scope.
+            scope_link: destination.is_ipv4(),
             protocol: RouteProtocol::Boot.into(),
             source: None,
             metric: None,
@@ -139,6 +142,11 @@ impl Route {
     /// The same route as a DHCP client writes it.
     pub fn from_dhcp(self, source: IpAddr, metric: u32) -> Self {
         Self { protocol: RouteProtocol::Dhcp.into(), source: Some(source), metric: Some(metric), ..self }
+    }
+
+    /// The same route as it comes from a file of the host's network configuration.
+    pub fn from_configuration(self, source: IpAddr, metric: u32) -> Self {
+        Self { protocol: RouteProtocol::Static.into(), source: Some(source), metric: Some(metric), ..self }
     }
 }
 
@@ -317,15 +325,17 @@ impl Host {
     pub async fn add_bridge(&self, name: &str, mtu: Option<u32>) -> Result<(), LabError> {
         self.handle
             .link()
-            .add(LinkBridge::new(name).build())
+            .add(LinkMessageBuilder::<LinkBridge>::new(name).build())
             .execute()
             .await
             .context(|| self.says(format_args!("adding bridge {name}")))?;
+        // Before it is up: the kernel makes its link-local address then.
+        self.no_duplicate_detection(name)?;
         if let Some(mtu) = mtu {
             // A message of its own: only a change, not a creation, makes the bridge keep its MTU when a port with a smaller one comes.
             self.set_mtu(name, mtu).await?;
         }
-        Ok(())
+        self.set_up(name).await
     }
 
     /// Makes `port` a port of `bridge`, with or without hairpin mode.
@@ -350,12 +360,36 @@ impl Host {
         wait_until(&what, deadline, || async { Ok(self.link(name).await?.running) }).await.map(drop)
     }
 
+    /// Waits until the link carries packets of both families: for IPv6 it needs a link-local address, which the kernel makes some time after the link
+    /// is up and uses some time after that. Before then a neighbour is not asked for, and the next question comes a second later.
+    pub(crate) async fn wait_ready(&self, name: &str, deadline: Duration) -> Result<(), LabError> {
+        self.wait_running(name, deadline).await?;
+        match self.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6")) {
+            Ok(disabled) if disabled == "0" => {}
+            // Disabled, or a kernel without IPv6.
+            Ok(_) => return Ok(()),
+            Err(error) if error.is_absent() => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        let what = self.says(format_args!("{name} has an IPv6 link-local address"));
+        let usable = || async {
+            let messages = self.address_messages(name).await?;
+            let addresses = messages.iter().filter_map(address_of);
+            let link_local = addresses.filter(|address| is_link_local(address.ip())).count();
+            Ok(link_local > 0 && !messages.iter().any(is_tentative))
+        };
+        wait_until(&what, deadline, usable).await.map(drop)
+    }
+
     // ---- addresses ----
 
-    /// Adds an address with its prefix length.
+    /// Adds an address with its prefix length. An IPv6 address works at once: nobody is asked whether he has it too.
     pub async fn add_address(&self, device: &str, address: IpNetwork) -> Result<(), LabError> {
         let index = self.link(device).await?.index;
-        let request = self.handle.address().add(index, address.ip(), address.prefix());
+        let mut request = self.handle.address().add(index, address.ip(), address.prefix());
+        if address.is_ipv6() {
+            request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
         request.execute().await.context(|| self.says(format_args!("adding {address} to {device}")))
     }
 
@@ -377,26 +411,29 @@ impl Host {
 
     /// The addresses of a device, both families.
     pub async fn addresses(&self, device: &str) -> Result<Vec<IpNetwork>, LabError> {
+        Ok(self.address_messages(device).await?.iter().filter_map(address_of).collect())
+    }
+
+    async fn address_messages(&self, device: &str) -> Result<Vec<AddressMessage>, LabError> {
         let index = self.link(device).await?.index;
         let request = self.handle.address().get().set_link_index_filter(index);
-        let messages: Vec<_> = request
-            .execute()
-            .try_collect()
-            .await
-            .context(|| self.says(format_args!("listing addresses of {device}")))?;
-        Ok(messages.iter().filter_map(address_of).collect())
+        request.execute().try_collect().await.context(|| self.says(format_args!("listing addresses of {device}")))
     }
 
     // ---- routes ----
 
     /// The unicast routes of the main table of the IPv4 family, in the kernel's order.
     pub async fn routes(&self) -> Result<Vec<Route>, LabError> {
-        self.routes_of(AddressFamily::Inet).await
+        self.routes_in(Family::V4).await
     }
 
-    /// The unicast routes of the main table of the IPv6 family.
-    pub async fn routes6(&self) -> Result<Vec<Route>, LabError> {
-        self.routes_of(AddressFamily::Inet6).await
+    /// The unicast routes of the main table of a family, in the kernel's order; without the link-local ones, which every IPv6 device has.
+    pub async fn routes_in(&self, family: Family) -> Result<Vec<Route>, LabError> {
+        let routes = match family {
+            Family::V4 => self.routes_of(AddressFamily::Inet).await?,
+            Family::V6 => self.routes_of(AddressFamily::Inet6).await?,
+        };
+        Ok(routes.into_iter().filter(|route| !is_link_local(route.destination.ip())).collect())
     }
 
     async fn routes_of(&self, family: AddressFamily) -> Result<Vec<Route>, LabError> {
@@ -550,6 +587,12 @@ impl Host {
         self.netns.open(&format!("setting sysctl {name} to {value}"), || std::fs::write(&path, value))
     }
 
+    /// Lets a device that the lab makes use its IPv6 addresses (the link-local one above all, which the kernel makes) at once. The bridge plugin of CNI does so
+    /// too: where a port sends back what it gets, a host sees its own question and takes it for a duplicate.
+    fn no_duplicate_detection(&self, device: &str) -> Result<(), LabError> {
+        self.set_sysctl_if_present(&format!("net/ipv6/conf/{device}/accept_dad"), "0").map(drop)
+    }
+
     /// Sets a sysctl if the kernel has it (bridge netfilter may not be loaded); returns whether it does.
     pub fn set_sysctl_if_present(&self, name: &str, value: &str) -> Result<bool, LabError> {
         match self.set_sysctl(name, value) {
@@ -596,6 +639,8 @@ pub async fn veth(a: End<'_>, b: End<'_>, mtu: u32) -> Result<(), LabError> {
     }
     let what = || format!("wire from {} in {} to {} in {}", a.name, a.host.name(), b.name, b.host.name());
     a.host.handle.link().add(pair.build()).execute().await.context(what)?;
+    a.host.no_duplicate_detection(a.name)?;
+    b.host.no_duplicate_detection(b.name)?;
     a.host.set_up(a.name).await?;
     b.host.set_up(b.name).await
 }
@@ -640,6 +685,14 @@ fn address_of(message: &AddressMessage) -> Option<IpNetwork> {
         _ => None,
     });
     IpNetwork::new(local.or(address)?, message.header.prefix_len).ok()
+}
+
+/// Whether the kernel still asks whether somebody else has the address, and does not use it until then.
+fn is_tentative(message: &AddressMessage) -> bool {
+    message.attributes.iter().any(|attribute| match attribute {
+        AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Tentative),
+        _ => false,
+    })
 }
 
 fn ip_of(address: &RouteAddress) -> Option<IpAddr> {

@@ -1,7 +1,7 @@
 //! The lab: hosts, pods and wires made of network namespaces, for the demo, the tests and the benches.
 //!
-//! It exists so that podnet can be judged by something that is not podnet: the lab never calls podnet, and podnet never calls the lab;
-//! [`demo`] alone knows both.
+//! It exists so that podnet can be judged by something that is not podnet: the lab never calls podnet (it borrows two words from it,
+//! [`Family`] and [`Stack`]), and podnet never calls the lab; [`demo`] alone knows both.
 //! It runs no program (`ip`, `nft`, `ping`): everything goes over netlink and sockets. It works as root, and as an ordinary user where user
 //! namespaces are allowed ([`userns`]). It never touches the namespace the process started in, and never changes the namespace
 //! of a thread that it did not start itself, so that it is safe inside a tokio runtime and inside libtest.
@@ -22,6 +22,7 @@
 pub mod cluster;
 pub mod demo;
 pub mod error;
+pub mod families;
 pub mod host;
 pub mod netns;
 pub mod nexthops;
@@ -31,10 +32,12 @@ pub mod services;
 pub mod userns;
 pub mod wait;
 
-pub use cluster::{Family, Lab, LabSpec, Node, Underlay};
+pub use cluster::{Lab, LabSpec, Node, Underlay};
 pub use error::LabError;
+pub use families::{Addresses, Families, Networks};
 pub use host::{Host, LinkState, Neighbour, Route, VxlanState, veth};
 pub use netns::{Netns, NetnsTask};
+pub use podnet::types::{Family, Stack};
 pub use pods::{Pod, PodNetwork};
 pub use userns::{Privilege, enter_user_namespace_if_needed};
 pub use wait::wait_until;

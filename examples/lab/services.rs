@@ -1,11 +1,11 @@
-//! The service address of the cluster's DNS, as kube-proxy would have it: an nftables table of the lab's own, `ip lab-services`.
+//! The service address of the cluster's DNS, as kube-proxy would have it: nftables tables of the lab's own, `ip lab-services` and `ip6 lab-services`.
 //!
 //! It is not part of a pod network, so podnet must live beside it: it redirects what is sent to the service to a pod, and nothing else.
 //! It never masquerades what leaves the node; only who reaches a pod of this node *through the service* gets the bridge's address as its source, since
 //! a neighbour's answer would otherwise go straight back over the bridge, past the connection tracking that must translate it.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -16,13 +16,24 @@ use netlink_packet_netfilter::nftables::{
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
+use podnet::types::Family;
 
 use crate::{Host, LabError};
 
 /// The cluster's DNS service address.
 pub const DNS_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 10);
-/// The lab's table, of family `ip`.
+/// The same service's IPv6 address.
+pub const DNS_SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x43, 0, 0, 0, 0, 0xa);
+/// The name of the lab's tables, of the families `ip` and `ip6`.
 pub const TABLE: &str = "lab-services";
+
+/// The cluster's DNS service address in a family.
+pub fn dns_service(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => DNS_SERVICE.into(),
+        Family::V6 => DNS_SERVICE_V6.into(),
+    }
+}
 
 /// NFNL_SUBSYS_NFTABLES: the subsystem a batch is for (nfnetlink.h).
 const SUBSYSTEM: u16 = 10;
@@ -35,28 +46,50 @@ const PRIORITY_SRCNAT: i32 = 100;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// A service: what arrives for `address` and `port`, over UDP and TCP, goes to the same port of `backend`.
+/// A service: what arrives for its address and port, over UDP and TCP, goes to the same port of a pod of the same family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Service {
-    /// The service address.
-    pub address: Ipv4Addr,
-    /// The port, of both protocols.
-    pub port: u16,
-    /// The pod that answers.
-    pub backend: Ipv4Addr,
+    address: IpAddr,
+    port: u16,
+    backend: IpAddr,
 }
 
 impl Service {
-    /// The cluster's DNS at [`DNS_SERVICE`], port 53, answered by this pod.
-    pub fn dns(backend: Ipv4Addr) -> Self {
-        Self { address: DNS_SERVICE, port: 53, backend }
+    /// The cluster's DNS at [`dns_service`], port 53, answered by this pod.
+    pub fn dns(backend: impl Into<IpAddr>) -> Self {
+        let backend = backend.into();
+        Self { address: dns_service(Family::of(backend)), port: 53, backend }
+    }
+
+    fn family(&self) -> Family {
+        Family::of(self.address)
     }
 }
 
-/// Puts the table with these services into a node, in the place of the one that was there; one transaction.
+/// Puts these services into a node, in the place of those that were there: a table for each family that has some, none for one that has not; one
+/// transaction.
 pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
-    // Adding it first makes deleting it always succeed.
-    let mut batch = vec![new_table(TABLE), delete_table_message(TABLE), new_table(TABLE)];
+    let mut batch = Vec::new();
+    let there = tables(node)?;
+    for family in Family::BOTH {
+        if there.contains(&format!("{} {TABLE}", word(family))) {
+            batch.push(Step { family: protocol_family(family), ..delete_table_message(TABLE) });
+        }
+        let of_family: Vec<_> = services.iter().filter(|service| service.family() == family).collect();
+        if !of_family.is_empty() {
+            let steps = table(&of_family).into_iter();
+            batch.extend(steps.map(|step| Step { family: protocol_family(family), ..step }));
+        }
+    }
+    if batch.is_empty() {
+        return Ok(());
+    }
+    transaction(node, &format!("writing the tables {TABLE}"), batch)
+}
+
+/// What makes one table.
+fn table(services: &[&Service]) -> Vec<Step> {
+    let mut batch = vec![new_table(TABLE)];
     for (chain, hook, priority) in [
         ("prerouting", InetHookNumber::PreRouting, PRIORITY_DSTNAT),
         ("output", InetHookNumber::LocalOut, PRIORITY_DSTNAT),
@@ -72,7 +105,22 @@ pub fn publish(node: &Host, services: &[Service]) -> Result<(), LabError> {
         }
     }
     batch.push(new_rule("postrouting", hairpin_masquerade()));
-    transaction(node, &format!("writing table ip {TABLE}"), batch)
+    batch
+}
+
+/// The family as `nft` writes it.
+fn word(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+fn protocol_family(family: Family) -> NetfilterProtoFamily {
+    match family {
+        Family::V4 => NetfilterProtoFamily::IPv4,
+        Family::V6 => NetfilterProtoFamily::IPv6,
+    }
 }
 
 /// The names of the nftables tables of a host, as `FAMILY NAME` (`ip lab-services`), in the kernel's order.
@@ -173,21 +221,33 @@ fn new_rule(chain: &str, expressions: Vec<Expressions>) -> Step {
     step(NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }))
 }
 
-/// `ip daddr SERVICE meta l4proto PROTOCOL th dport PORT dnat to BACKEND`
+/// `ip daddr SERVICE meta l4proto PROTOCOL th dport PORT dnat to BACKEND`, or the same with `ip6`.
 fn redirect(service: &Service, protocol: u8) -> Vec<Expressions> {
+    // Where the destination address is in the header, and how long it is.
+    let (offset, length) = match service.family() {
+        Family::V4 => (16, 4),
+        Family::V6 => (24, 16),
+    };
     vec![
-        load(NETWORK_HEADER, 16, 4),
-        equal(service.address.octets().to_vec()),
+        load(NETWORK_HEADER, offset, length),
+        equal(octets(service.address)),
         Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(MetaKey::L4Proto)]),
         equal(vec![protocol]),
         load(TRANSPORT_HEADER, 2, 2),
         equal(service.port.to_be_bytes().to_vec()),
         Expressions::Immediate(vec![
             Immediate::DestinationRegister(Register::Reg1),
-            Immediate::Data(DataAttribute::Value(service.backend.octets().to_vec())),
+            Immediate::Data(DataAttribute::Value(octets(service.backend))),
         ]),
-        dnat_to_register_1(),
+        dnat_to_register_1(service.family()),
     ]
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
 }
 
 /// `oifname "cni0" ct status dnat masquerade`
@@ -249,17 +309,22 @@ fn mask(bits: u32) -> Expressions {
     ])
 }
 
-fn dnat_to_register_1() -> Expressions {
+fn dnat_to_register_1(family: Family) -> Expressions {
     /// nf_tables.h: NFT_NAT_DNAT; NFTA_NAT_TYPE, NFTA_NAT_FAMILY, NFTA_NAT_REG_ADDR_MIN.
     const DNAT: u32 = 1;
     const TYPE: u16 = 1;
     const FAMILY: u16 = 2;
     const ADDRESS: u16 = 3;
     const NFPROTO_IPV4: u32 = 2;
+    const NFPROTO_IPV6: u32 = 10;
+    let family = match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    };
     let value = |kind, number: u32| DefaultNla::new(kind, number.to_be_bytes().to_vec());
     Expressions::Other {
         expression_type: "nat".into(),
-        attributes: vec![value(TYPE, DNAT), value(FAMILY, NFPROTO_IPV4), value(ADDRESS, u32::from(Register::Reg1))],
+        attributes: vec![value(TYPE, DNAT), value(FAMILY, family), value(ADDRESS, u32::from(Register::Reg1))],
     }
 }
 

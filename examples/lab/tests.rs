@@ -8,56 +8,79 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use rtnetlink::LinkVxlan;
 
-use crate::cluster::{DOCKER_BRIDGE, GATEWAY, OUTSIDE, UNDERLAY_INTERFACE, v4};
-use crate::probe::dns::{KUBERNETES, KUBERNETES_SERVICE};
+use crate::cluster::{DOCKER_BRIDGE, UNDERLAY_INTERFACE, gateway, outside};
+use crate::probe::dns::{KUBERNETES, kubernetes_service};
 use crate::probe::{
     Capture, Direction, DnsServer, EchoServer, PingOptions, PingStream, SteadyStream, Transport, dns_query, ping,
     ping_all, seen_as, tcp_throughput,
 };
-use crate::services::{self, DNS_SERVICE, Service};
-use crate::{Host, Lab, LabSpec, Netns, Node, Route, Underlay, wait_until};
+use crate::services::{self, Service, dns_service};
+use crate::{Families, Family, Host, Lab, LabSpec, Netns, Node, Route, Stack, Underlay, wait_until};
 
 const SOON: Duration = Duration::from_secs(5);
-const OVERLAY_MTU: u32 = 1410;
 const VXLAN: &str = "flannel.1";
+const V4: Families = Stack::V4(());
+const V6: Families = Stack::V6(());
+const DUAL: Families = Stack::Dual((), ());
+
+/// MTU of the overlay's device: VXLAN takes 50 bytes over IPv4, 70 over IPv6.
+fn device_mtu(spec: &LabSpec, family: Family) -> u32 {
+    spec.mtu() - if family == Family::V4 { 50 } else { 70 }
+}
 
 async fn lab(spec: LabSpec) -> Lab {
-    let mtu = spec.mtu() - 50;
+    let mtu = spec.families().map(|family| device_mtu(&spec, family)).min().unwrap();
     let mut lab = Lab::build(spec).await.unwrap();
     lab.attach_pods(mtu).await.unwrap();
     lab
 }
 
+fn spec(nodes: usize, families: Families) -> LabSpec {
+    LabSpec { nodes, networks: LabSpec::usual_networks(families), ..LabSpec::default() }
+}
+
 fn one_node() -> LabSpec {
-    LabSpec { nodes: 1, ..LabSpec::default() }
+    spec(1, V4)
+}
+
+fn vxlan(family: Family) -> &'static str {
+    match family {
+        Family::V4 => VXLAN,
+        Family::V6 => "flannel-v6.1",
+    }
 }
 
 /// Flannel's layout by hand, with the pod network's own addresses: what podnet is to do. No masquerade.
 async fn connect_by_hand(lab: &Lab) {
     let mac = |index: usize| [0x02, 0x42, 0, 0, 0, index as u8];
-    let vtep = |index: usize| lab.spec().subnet(index).network();
-    for node in lab.nodes() {
-        let host = node.host();
-        let lower = host.link(UNDERLAY_INTERFACE).await.unwrap().index;
-        let device = LinkVxlan::new(VXLAN, 1)
-            .dev(lower)
-            .local(node.address())
-            .port(8472)
-            .learning(false)
-            .address(mac(node.index()).to_vec())
-            .mtu(lab.spec().mtu() - 50)
-            .build();
-        host.handle().link().add(device).execute().await.unwrap();
-        host.add_address(VXLAN, v4(vtep(node.index()), 32)).await.unwrap();
-        host.set_up(VXLAN).await.unwrap();
-        for peer in lab.nodes().iter().filter(|peer| peer.index() != node.index()) {
-            let gateway = IpAddr::from(vtep(peer.index()));
-            host.add_neighbour(VXLAN, gateway, mac(peer.index())).await.unwrap();
-            host.add_fdb(VXLAN, mac(peer.index()), peer.address().into()).await.unwrap();
-            let route = Route::via(lab.spec().subnet(peer.index()).into(), gateway, VXLAN).onlink();
-            host.add_route(&route).await.unwrap();
+    for family in lab.spec().families() {
+        let (name, vtep) = (vxlan(family), |index| lab.spec().subnet(index, family).unwrap().network());
+        for node in lab.nodes() {
+            let host = node.host();
+            let lower = host.link(UNDERLAY_INTERFACE).await.unwrap().index;
+            let device = LinkVxlan::new(name, 1).dev(lower).port(8472).learning(false);
+            let device = match node.ip_in(family).unwrap() {
+                IpAddr::V4(local) => device.local(local),
+                IpAddr::V6(local) => device.local6(local),
+            };
+            let device = device.address(mac(node.index()).to_vec()).mtu(device_mtu(lab.spec(), family)).build();
+            host.handle().link().add(device).execute().await.unwrap();
+            host.add_address(name, vtep(node.index()).into()).await.unwrap();
+            host.set_up(name).await.unwrap();
+            for peer in lab.nodes().iter().filter(|peer| peer.index() != node.index()) {
+                let gateway = vtep(peer.index());
+                host.add_neighbour(name, gateway, mac(peer.index())).await.unwrap();
+                host.add_fdb(name, mac(peer.index()), peer.ip_in(family).unwrap()).await.unwrap();
+                host.add_route(&by_hand(lab, peer.index(), family)).await.unwrap();
+            }
         }
     }
+}
+
+/// The route to a node's pods.
+fn by_hand(lab: &Lab, to: usize, family: Family) -> Route {
+    let subnet = lab.spec().subnet(to, family).unwrap();
+    Route::via(subnet, subnet.network(), vxlan(family)).onlink()
 }
 
 async fn answers(from: &Netns, to: impl Into<IpAddr>) -> bool {
@@ -132,44 +155,71 @@ async fn a_cancelled_task_in_a_namespace_lets_go_of_it() {
 
 #[tokio::test]
 async fn pods_of_one_node_reach_each_other_and_no_pod_of_another_node() {
-    let lab = lab(LabSpec { nodes: 2, ..LabSpec::default() }).await;
-    let [a, b] = lab.nodes()[0].pods() else { panic!("two pods") };
-    assert!(answers(a.netns(), b.address()).await);
-    assert!(answers(b.netns(), a.address()).await);
-    let far = &lab.nodes()[1].pods()[0];
-    assert!(is_silent(a.netns(), far.address()).await, "nothing connects the nodes' pods yet");
+    let lab = lab(spec(2, DUAL)).await;
+    for family in Family::BOTH {
+        let ip = |node: usize, pod: usize| lab.nodes()[node].pods()[pod].ip_in(family).unwrap();
+        let [a, b] = lab.nodes()[0].pods() else { panic!("two pods") };
+        assert!(answers(a.netns(), ip(0, 1)).await);
+        assert!(answers(b.netns(), ip(0, 0)).await);
+        assert!(is_silent(a.netns(), ip(1, 0)).await, "nothing connects the nodes' pods yet");
+    }
 }
 
-async fn nodes_reach_each_other_and_outside(underlay: Underlay) {
-    let lab = Lab::build(LabSpec { underlay, ..LabSpec::default() }).await.unwrap();
+async fn nodes_reach_each_other_and_outside(underlay: Underlay, families: Families) {
+    let lab = Lab::build(LabSpec { underlay, ..spec(3, families) }).await.unwrap();
     let mut pairs = Vec::new();
-    for node in lab.nodes() {
+    for (node, family) in lab.nodes().iter().flat_map(|node| families.families().map(move |family| (node, family))) {
         let others = lab.nodes().iter().filter(|other| other.index() != node.index());
-        pairs.extend(others.map(|other| (node.netns().clone(), other.address().into())));
-        pairs.push((node.netns().clone(), GATEWAY.into()));
-        pairs.push((node.netns().clone(), OUTSIDE.into()));
-        pairs.push((lab.outside().netns().clone(), node.address().into()));
+        pairs.extend(others.map(|other| (node.netns().clone(), other.ip_in(family).unwrap())));
+        pairs.push((node.netns().clone(), gateway(family)));
+        pairs.push((node.netns().clone(), outside(family)));
+        pairs.push((lab.outside().netns().clone(), node.ip_in(family).unwrap()));
     }
+    // The first packet of each: nothing is still getting ready.
     for (report, (from, to)) in ping_all(pairs.clone(), PingOptions::default()).await.unwrap().iter().zip(pairs) {
         assert!(report.all_answered(), "{} to {to}: {report:?}", from.name());
     }
     // A packet of the underlay's MTU passes, and one byte more does not.
-    let node = &lab.nodes()[0];
-    let full = PingOptions { ip_length: lab.spec().mtu() as usize, dont_fragment: true, ..PingOptions::default() };
-    assert!(ping(node.netns(), lab.nodes()[1].address().into(), full).await.unwrap().all_answered());
-    let over = PingOptions { ip_length: full.ip_length + 1, ..full };
-    let report = ping(node.netns(), lab.nodes()[1].address().into(), over).await.unwrap();
-    assert_eq!((report.received, report.too_big.is_some()), (0, true), "{report:?}");
+    for family in families.families() {
+        let (node, to) = (&lab.nodes()[0], lab.nodes()[1].ip_in(family).unwrap());
+        let full = PingOptions { ip_length: lab.spec().mtu() as usize, dont_fragment: true, ..PingOptions::default() };
+        assert!(ping(node.netns(), to, full).await.unwrap().all_answered());
+        let over = PingOptions { ip_length: full.ip_length + 1, ..full };
+        let report = ping(node.netns(), to, over).await.unwrap();
+        assert_eq!((report.received, report.too_big.is_some()), (0, true), "{report:?}");
+    }
 }
 
 #[tokio::test]
 async fn nodes_on_the_gcp_underlay_reach_each_other_and_outside() {
-    nodes_reach_each_other_and_outside(Underlay::Gcp).await;
+    for families in [V4, V6, DUAL] {
+        nodes_reach_each_other_and_outside(Underlay::Gcp, families).await;
+    }
 }
 
 #[tokio::test]
 async fn nodes_on_the_lan_underlay_reach_each_other_and_outside() {
-    nodes_reach_each_other_and_outside(Underlay::Lan).await;
+    for families in [V4, V6, DUAL] {
+        nodes_reach_each_other_and_outside(Underlay::Lan, families).await;
+    }
+}
+
+#[tokio::test]
+async fn an_ipv6_cluster_has_nothing_of_ipv4_but_docker0() {
+    for underlay in [Underlay::Gcp, Underlay::Lan] {
+        let lab = lab(LabSpec { underlay, ..spec(2, V6) }).await;
+        let pods = lab.pods().map(|pod| pod.host().clone());
+        let hosts = lab.nodes().iter().map(|node| node.host().clone()).chain(pods);
+        for host in hosts.chain([lab.fabric().clone(), lab.outside().clone()]) {
+            let routes = host.routes().await.unwrap();
+            assert!(routes.iter().all(|route| route.device == DOCKER_BRIDGE), "{}: {routes:?}", host.name());
+            for link in host.links().await.unwrap().iter().filter(|link| ![DOCKER_BRIDGE, "lo"].contains(&&*link.name))
+            {
+                let addresses = host.addresses(&link.name).await.unwrap();
+                assert!(addresses.iter().all(|address| address.is_ipv6()), "{}: {addresses:?}", host.name());
+            }
+        }
+    }
 }
 
 #[tokio::test]
@@ -179,7 +229,7 @@ async fn a_gcp_node_has_the_interfaces_and_routes_of_the_article() {
     assert_eq!(node.name(), "rke-52b280-2");
     assert_eq!(
         node.host().addresses(UNDERLAY_INTERFACE).await.unwrap().iter().filter(|a| a.is_ipv4()).collect::<Vec<_>>(),
-        [&v4(Ipv4Addr::new(10, 240, 0, 103), 32)]
+        [&IpNetwork::from(IpAddr::from([10, 240, 0, 103]))]
     );
     assert_eq!(node.host().link(UNDERLAY_INTERFACE).await.unwrap().mtu, 1460);
     assert_eq!(node.host().link("cni0").await.unwrap().mtu, 1410);
@@ -203,20 +253,55 @@ async fn a_gcp_node_has_the_interfaces_and_routes_of_the_article() {
             "10.42.2.0/24 dev eth0 proto kernel scope link src 10.42.2.3"
         ]
     );
+    let mac = node.pods()[1].host().link("eth0").await.unwrap().mac;
+    assert_eq!(mac, Some([0x0a, 0x58, 10, 42, 2, 3]));
     assert!(node.host().link(DOCKER_BRIDGE).await.unwrap().up);
 }
 
 #[tokio::test]
+async fn a_gcp_node_has_the_same_in_ipv6() {
+    let lab = lab(spec(3, V6)).await;
+    let node = &lab.nodes()[2];
+    let routes = |host: &Host| {
+        let host = host.clone();
+        async move {
+            let routes = host.routes_in(Family::V6).await.unwrap();
+            let mut routes: Vec<_> = routes.iter().map(Route::to_string).collect();
+            routes.sort();
+            routes
+        }
+    };
+    assert_eq!(
+        routes(node.host()).await,
+        [
+            "2001:db8:240::1 dev ens4 proto static src 2001:db8:240::103 metric 1024",
+            "2001:db8:240::103 dev ens4 proto kernel metric 256",
+            "2001:db8:42:2::/64 dev cni0 proto kernel metric 256",
+            "default via 2001:db8:240::1 dev ens4 proto static src 2001:db8:240::103 metric 1024",
+        ]
+    );
+    assert_eq!(
+        routes(node.pods()[1].host()).await,
+        [
+            "2001:db8:42:2::/64 dev eth0 proto kernel metric 256",
+            "2001:db8:42::/56 via 2001:db8:42:2::1 dev eth0 metric 1024",
+            "default via 2001:db8:42:2::1 dev eth0 metric 1024",
+        ]
+    );
+    assert_eq!(node.pods()[1].ip(), "2001:db8:42:2::3".parse::<IpAddr>().unwrap());
+}
+
+#[tokio::test]
 async fn outside_has_no_way_back_to_a_pod() {
-    let lab = lab(one_node()).await;
+    let lab = lab(spec(1, DUAL)).await;
     let pod = &lab.nodes()[0].pods()[0];
     let capture = Capture::start(lab.outside(), "eth0").await.unwrap();
-    assert!(is_silent(pod.netns(), OUTSIDE).await);
-    // The question arrived, under the pod's own address; only the answer was lost.
-    capture
-        .wait_for(SOON, |frame| frame.ipv4.is_some_and(|ip| ip.source == pod.address() && ip.destination == OUTSIDE))
-        .await
-        .unwrap();
+    for family in Family::BOTH {
+        let (from, to) = (pod.ip_in(family).unwrap(), outside(family));
+        assert!(is_silent(pod.netns(), to).await);
+        // The question arrived, under the pod's own address; only the answer was lost.
+        capture.wait_for(SOON, |frame| frame.is_between(from, to)).await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -237,25 +322,33 @@ async fn a_lab_of_no_nodes_or_eleven_is_refused() {
 }
 
 #[tokio::test]
+async fn a_cluster_network_without_room_for_ten_nodes_is_refused() {
+    let v6 = Stack::Dual("10.42.0.0/16".parse().unwrap(), "2001:db8:42::/61".parse().unwrap());
+    for networks in [Stack::V4("10.42.0.0/21".parse().unwrap()), v6] {
+        assert!(Lab::build(LabSpec { networks, ..LabSpec::default() }).await.is_err());
+    }
+}
+
+#[tokio::test]
 async fn a_detached_pod_is_gone_and_the_others_stay() {
     let mut lab = lab(one_node()).await;
-    let address = lab.nodes()[0].pods()[0].address();
+    let gone = lab.nodes()[0].pods()[0].addresses();
     let node: &mut Node = &mut lab.nodes_mut()[0];
-    node.detach_pod(address).await.unwrap();
-    assert!(node.detach_pod(address).await.is_err(), "twice is an error");
+    node.detach_pod(gone).await.unwrap();
+    assert!(node.detach_pod(gone).await.is_err(), "twice is an error");
     let left = node.pods()[0].clone();
-    assert!(is_silent(node.netns(), address).await);
-    assert!(answers(node.netns(), left.address()).await);
+    assert!(is_silent(node.netns(), *gone.v4().unwrap()).await);
+    assert!(answers(node.netns(), left.ip()).await);
 
     // Its address is not given to the next pod.
     let network = crate::PodNetwork {
-        subnet: "10.42.0.0/24".parse().unwrap(),
-        cluster: "10.42.0.0/16".parse().unwrap(),
-        mtu: OVERLAY_MTU,
+        subnets: Stack::V4("10.42.0.0/24".parse().unwrap()),
+        clusters: Stack::V4("10.42.0.0/16".parse().unwrap()),
+        mtu: 1410,
     };
     node.attach_pods(&network, 1).await.unwrap();
-    let addresses: Vec<_> = node.pods().iter().map(|pod| pod.address().octets()[3]).collect();
-    assert_eq!(addresses, [3, 4]);
+    let addresses: Vec<_> = node.pods().iter().map(|pod| pod.ip().to_string()).collect();
+    assert_eq!(addresses, ["10.42.0.3", "10.42.0.4"]);
     assert!(node.attach_pods(&network, 251).await.is_err(), "a /24 has room for 253");
     node.detach_all().await.unwrap();
     assert!(!node.host().has_link("cni0").await.unwrap());
@@ -263,91 +356,119 @@ async fn a_detached_pod_is_gone_and_the_others_stay() {
 
 #[tokio::test]
 async fn the_capture_sees_a_known_packet_with_its_addresses_and_length() {
-    let lab = Lab::build(LabSpec { nodes: 2, ..LabSpec::default() }).await.unwrap();
-    let [a, b] = lab.nodes() else { panic!("two nodes") };
-    let capture = Capture::start(a.host(), UNDERLAY_INTERFACE).await.unwrap();
-    let options = PingOptions { ip_length: 777, dont_fragment: true, ..PingOptions::default() };
-    assert!(ping(a.netns(), b.address().into(), options).await.unwrap().all_answered());
-    let question = capture.wait_for(SOON, |frame| frame.is_icmp() && frame.direction == Direction::Out).await.unwrap();
-    let ip = question.ipv4.unwrap();
-    assert_eq!((ip.source, ip.destination, ip.total_length, ip.dont_fragment), (a.address(), b.address(), 777, true));
-    assert_eq!(question.length, 777 + 14);
-    assert_eq!(Some(question.source_mac), a.host().link(UNDERLAY_INTERFACE).await.unwrap().mac);
-    let answer = capture.wait_for(SOON, |frame| frame.is_icmp() && frame.direction == Direction::In).await.unwrap();
-    assert_eq!(answer.ipv4.unwrap().source, b.address());
-    assert_eq!(capture.report().fragments, 0);
+    let lab = Lab::build(spec(2, DUAL)).await.unwrap();
+    for family in Family::BOTH {
+        let [a, b] = lab.nodes() else { panic!("two nodes") };
+        let capture = Capture::start(a.host(), UNDERLAY_INTERFACE).await.unwrap();
+        let (from, to) = (a.ip_in(family).unwrap(), b.ip_in(family).unwrap());
+        let options = PingOptions { ip_length: 777, dont_fragment: true, ..PingOptions::default() };
+        assert!(ping(a.netns(), to, options).await.unwrap().all_answered());
+        let question = capture.wait_for(SOON, |frame| frame.is_between(from, to)).await.unwrap();
+        let ip = question.ip.unwrap();
+        assert_eq!((ip.total_length, ip.dont_fragment, ip.fragment, ip.extension_headers), (777, true, None, 0));
+        assert_eq!((question.direction, question.length, question.is_icmp()), (Direction::Out, 777 + 14, true));
+        assert_eq!(Some(question.source_mac), a.host().link(UNDERLAY_INTERFACE).await.unwrap().mac);
+        let answer = capture.wait_for(SOON, |frame| frame.is_between(to, from)).await.unwrap();
+        assert_eq!(answer.direction, Direction::In);
+        assert_eq!(capture.report().fragments, 0);
+    }
 }
 
 #[tokio::test]
 async fn the_capture_counts_fragments() {
-    let lab = Lab::build(LabSpec { nodes: 2, ..LabSpec::default() }).await.unwrap();
-    let [a, b] = lab.nodes() else { panic!("two nodes") };
-    let capture = Capture::start(a.host(), UNDERLAY_INTERFACE).await.unwrap();
-    let options = PingOptions { ip_length: 3000, ..PingOptions::default() };
-    assert!(ping(a.netns(), b.address().into(), options).await.unwrap().all_answered());
-    capture
-        .wait_for(SOON, |frame| {
-            frame.ipv4.is_some_and(|ip| ip.is_fragment() && !ip.more_fragments) && frame.direction == Direction::In
-        })
-        .await
-        .unwrap();
-    assert_eq!(capture.report().fragments, 6, "three each way");
+    let lab = Lab::build(spec(2, DUAL)).await.unwrap();
+    for family in Family::BOTH {
+        let [a, b] = lab.nodes() else { panic!("two nodes") };
+        let capture = Capture::start(a.host(), UNDERLAY_INTERFACE).await.unwrap();
+        let options = PingOptions { ip_length: 3000, ..PingOptions::default() };
+        assert!(ping(a.netns(), b.ip_in(family).unwrap(), options).await.unwrap().all_answered());
+        let last = capture
+            .wait_for(SOON, |frame| {
+                let fragment = frame.ip.and_then(|ip| ip.fragment);
+                fragment.is_some_and(|part| part.offset > 0 && !part.more) && frame.direction == Direction::In
+            })
+            .await
+            .unwrap();
+        assert_eq!(last.ip.unwrap().extension_headers, if family == Family::V6 { 1 } else { 0 });
+        assert_eq!(capture.report().fragments, 6, "three each way, {family}");
+    }
 }
 
 #[tokio::test]
 async fn dns_answers_at_the_service_address_from_a_pod_of_the_same_node() {
-    let lab = lab(one_node()).await;
+    let lab = lab(spec(1, DUAL)).await;
     let node = &lab.nodes()[0];
     let [server_pod, client] = node.pods() else { panic!("two pods") };
-    let _server = DnsServer::start(server_pod.netns(), (server_pod.ip(), 53).into()).unwrap();
-    services::publish(node.host(), &[Service::dns(server_pod.address())]).unwrap();
-    assert_eq!(services::tables(node.host()).unwrap(), ["ip lab-services"]);
-    for transport in [Transport::Udp, Transport::Tcp] {
-        // From the other pod, from the DNS pod itself, and from the node.
-        for from in [client.netns(), server_pod.netns(), node.netns()] {
-            let answer = dns_query(from, (DNS_SERVICE, 53).into(), KUBERNETES, transport, SOON).await.unwrap();
-            assert_eq!(answer.addresses, [KUBERNETES_SERVICE], "{transport:?} from {}", from.name());
+    let addresses = Family::BOTH.map(|family| server_pod.ip_in(family).unwrap());
+    let _servers = addresses.map(|address| DnsServer::start(server_pod.netns(), (address, 53).into()).unwrap());
+    services::publish(node.host(), &addresses.map(Service::dns)).unwrap();
+    assert_eq!(services::tables(node.host()).unwrap(), ["ip lab-services", "ip6 lab-services"]);
+    for family in Family::BOTH {
+        let service = (dns_service(family), 53).into();
+        for transport in [Transport::Udp, Transport::Tcp] {
+            // From the other pod, from the DNS pod itself, and from the node.
+            for from in [client.netns(), server_pod.netns(), node.netns()] {
+                let answer = dns_query(from, service, KUBERNETES, transport, SOON).await.unwrap();
+                assert_eq!(answer.addresses, [kubernetes_service(family)], "{transport:?} from {}", from.name());
+            }
         }
+        let unknown = dns_query(client.netns(), service, "nowhere.example", Transport::Udp, SOON).await.unwrap();
+        assert_eq!((unknown.exists, unknown.addresses), (false, vec![]));
     }
-    let unknown =
-        dns_query(client.netns(), (DNS_SERVICE, 53).into(), "nowhere.example", Transport::Udp, SOON).await.unwrap();
-    assert_eq!((unknown.exists, unknown.addresses), (false, vec![]));
 
-    // Publishing again replaces; deleting leaves nothing.
+    // Publishing again replaces.
+    services::publish(node.host(), &[Service::dns(addresses[1])]).unwrap();
+    assert_eq!(services::tables(node.host()).unwrap(), ["ip6 lab-services"]);
+    let short = Duration::from_millis(300);
+    let gone = (dns_service(Family::V4), 53).into();
+    assert!(dns_query(client.netns(), gone, KUBERNETES, Transport::Udp, short).await.is_err());
     services::publish(node.host(), &[]).unwrap();
-    assert!(
-        dns_query(client.netns(), (DNS_SERVICE, 53).into(), KUBERNETES, Transport::Udp, Duration::from_millis(300))
-            .await
-            .is_err()
-    );
-    services::delete_table(node.host(), "ip lab-services").unwrap();
     assert!(services::tables(node.host()).unwrap().is_empty());
     assert!(services::delete_table(node.host(), "ip lab-services").unwrap_err().is_absent());
 }
 
 #[tokio::test]
 async fn an_echo_server_tells_the_address_that_it_sees() {
-    let lab = lab(one_node()).await;
+    let lab = lab(spec(1, DUAL)).await;
     let [a, b] = lab.nodes()[0].pods() else { panic!("two pods") };
-    let server = EchoServer::start(b.netns(), (b.ip(), 7).into()).unwrap();
-    for transport in [Transport::Udp, Transport::Tcp] {
-        assert_eq!(seen_as(a.netns(), server.address(), transport, SOON).await.unwrap().ip(), a.ip());
+    for family in Family::BOTH {
+        let server = EchoServer::start(b.netns(), (b.ip_in(family).unwrap(), 7).into()).unwrap();
+        let at = server.address();
+        for transport in [Transport::Udp, Transport::Tcp] {
+            let seen = seen_as(a.netns(), at, transport, SOON).await.unwrap();
+            assert_eq!(seen.ip(), a.ip_in(family).unwrap());
+        }
+        drop(server);
+        wait_until("nobody listens", SOON, || async { Ok(a.netns().tcp_connect(at).await.is_err()) }).await.unwrap();
     }
-    drop(server);
-    wait_until("nobody listens", SOON, || async { Ok(a.netns().tcp_connect((b.ip(), 7).into()).await.is_err()) })
-        .await
-        .unwrap();
 }
 
 #[tokio::test]
 async fn a_hand_made_flannel_network_carries_packets_of_1410_bytes_and_not_of_1411() {
-    let lab = lab(LabSpec::default()).await;
+    a_hand_made_network_carries(V4, Family::V4, 1410).await;
+}
+
+#[tokio::test]
+async fn a_hand_made_flannel_network_of_ipv6_carries_packets_of_1390_bytes_and_not_of_1391() {
+    a_hand_made_network_carries(V6, Family::V6, 1390).await;
+}
+
+#[tokio::test]
+async fn in_a_hand_made_network_of_both_families_the_narrower_one_is_the_measure() {
+    for family in Family::BOTH {
+        a_hand_made_network_carries(DUAL, family, 1390).await;
+    }
+}
+
+async fn a_hand_made_network_carries(families: Families, family: Family, mtu: u16) {
+    let lab = lab(spec(3, families)).await;
     connect_by_hand(&lab).await;
 
     // Every pod reaches every pod.
     let mut pairs = Vec::new();
     for from in lab.pods() {
-        pairs.extend(lab.pods().filter(|to| to.address() != from.address()).map(|to| (from.netns().clone(), to.ip())));
+        let others = lab.pods().filter(|to| to.name() != from.name());
+        pairs.extend(others.map(|to| (from.netns().clone(), to.ip_in(family).unwrap())));
     }
     assert_eq!(pairs.len(), 30);
     let options = PingOptions { count: 3, ..PingOptions::default() };
@@ -355,64 +476,79 @@ async fn a_hand_made_flannel_network_carries_packets_of_1410_bytes_and_not_of_14
         assert!(report.all_answered(), "{} to {to}: {report:?}", from.name());
     }
 
-    // The narrowest place is flannel.1, and it says so itself.
+    // The narrowest place is the overlay's device or, behind it, the far bridge; and the node there says so itself.
     let node = &lab.nodes()[0];
     let (from, to) = (&node.pods()[0], &lab.nodes()[2].pods()[1]);
+    let (source, destination) = (from.ip_in(family).unwrap(), to.ip_in(family).unwrap());
     node.raise_pod_mtu(from, 1500).await.unwrap();
-    assert_eq!(node.host().link("cni0").await.unwrap().mtu, OVERLAY_MTU, "the bridge keeps its MTU");
+    assert_eq!(node.host().link("cni0").await.unwrap().mtu, u32::from(mtu), "the bridge keeps its MTU");
     let capture = Capture::start(lab.fabric(), &lab.fabric_port(0)).await.unwrap();
-    let fits = PingOptions { ip_length: 1410, dont_fragment: true, ..PingOptions::default() };
-    let report = ping(from.netns(), to.ip(), fits).await.unwrap();
+    let fits = PingOptions { ip_length: mtu.into(), dont_fragment: true, ..PingOptions::default() };
+    let report = ping(from.netns(), destination, fits).await.unwrap();
     assert!(report.all_answered(), "{report:?}");
-    let over = PingOptions { ip_length: 1411, ..fits };
-    let report = ping(from.netns(), to.ip(), over).await.unwrap();
+    let over = PingOptions { ip_length: fits.ip_length + 1, ..fits };
+    let report = ping(from.netns(), destination, over).await.unwrap();
     assert_eq!(report.received, 0);
-    let too_big = report.too_big.expect("the node says that it is too big");
-    assert_eq!((too_big.by, too_big.mtu), (Some(Ipv4Addr::new(10, 42, 0, 1)), 1410));
+    let too_big = report.too_big.expect("a node says that it is too big");
+    assert_eq!(too_big.mtu, u32::from(mtu));
+    if device_mtu(lab.spec(), family) == too_big.mtu {
+        let bridge = crate::families::nth(lab.spec().subnet(0, family).unwrap(), 1);
+        assert_eq!(too_big.by, Some(bridge), "the pod's own node");
+    }
 
-    // On the wire: VXLAN, 50 bytes more than the inner packet, not one fragment.
+    // On the wire: VXLAN, so many bytes more than the inner packet, not one fragment.
     let is_it = |frame: &crate::probe::Frame| {
-        frame
-            .vxlan
-            .is_some_and(|vxlan| vxlan.ipv4.is_some_and(|ip| ip.source == from.address() && ip.total_length == 1410))
+        let inner = frame.vxlan.and_then(|vxlan| vxlan.ip);
+        inner.is_some_and(|ip| ip.source == source && ip.total_length == mtu)
     };
     let frame = capture.wait_for(SOON, is_it).await.unwrap();
-    let (ip, udp, vxlan) = (frame.ipv4.unwrap(), frame.udp.unwrap(), frame.vxlan.unwrap());
-    assert_eq!((ip.source, ip.destination, ip.total_length), (node.address(), lab.nodes()[2].address(), 1460));
-    assert_eq!((udp.destination, vxlan.vni), (8472, 1));
-    assert_eq!((vxlan.source_mac, vxlan.destination_mac), ([2, 0x42, 0, 0, 0, 0], [2, 0x42, 0, 0, 0, 2]));
-    let seen = capture.report();
-    assert_eq!(seen.fragments, 0);
-    assert!(seen.vxlan().all(|(_, inner)| inner.ipv4.is_none_or(|ip| ip.total_length <= 1410)));
+    let (ip, udp, inner) = (frame.ip.unwrap(), frame.udp.unwrap(), frame.vxlan.unwrap());
+    let more = lab.spec().mtu() - device_mtu(lab.spec(), family);
+    let ends = (node.ip_in(family).unwrap(), lab.nodes()[2].ip_in(family).unwrap());
+    assert_eq!((ip.source, ip.destination, u32::from(ip.total_length)), (ends.0, ends.1, u32::from(mtu) + more));
+    assert_eq!((udp.destination, inner.vni), (8472, 1));
+    assert_eq!((inner.source_mac, inner.destination_mac), ([2, 0x42, 0, 0, 0, 0], [2, 0x42, 0, 0, 0, 2]));
+    assert_eq!(capture.report().fragments, 0);
 
     // The peer sees the pod, not the node.
-    let server = EchoServer::start(to.netns(), (to.ip(), 7).into()).unwrap();
-    assert_eq!(seen_as(from.netns(), server.address(), Transport::Tcp, SOON).await.unwrap().ip(), from.ip());
+    let server = EchoServer::start(to.netns(), (destination, 7).into()).unwrap();
+    assert_eq!(seen_as(from.netns(), server.address(), Transport::Tcp, SOON).await.unwrap().ip(), source);
 
     // And the service address is answered by a pod of another node, over both protocols.
     let dns_pod = &lab.nodes()[1].pods()[0];
-    let _server = DnsServer::start(dns_pod.netns(), (dns_pod.ip(), 53).into()).unwrap();
-    services::publish(node.host(), &[Service::dns(dns_pod.address())]).unwrap();
+    let at = dns_pod.ip_in(family).unwrap();
+    let _server = DnsServer::start(dns_pod.netns(), (at, 53).into()).unwrap();
+    services::publish(node.host(), &[Service::dns(at)]).unwrap();
     for transport in [Transport::Udp, Transport::Tcp] {
-        let answer = dns_query(from.netns(), (DNS_SERVICE, 53).into(), KUBERNETES, transport, SOON).await.unwrap();
-        assert_eq!(answer.addresses, [KUBERNETES_SERVICE]);
+        let service = (dns_service(family), 53).into();
+        let answer = dns_query(from.netns(), service, KUBERNETES, transport, SOON).await.unwrap();
+        assert_eq!(answer.addresses, [kubernetes_service(family)]);
     }
 }
 
 #[tokio::test]
 async fn streams_notice_a_cut_and_go_on_after_it() {
-    let lab = lab(LabSpec { nodes: 2, ..LabSpec::default() }).await;
+    streams_notice_a_cut(Family::V4).await;
+}
+
+#[tokio::test]
+async fn streams_notice_a_cut_and_go_on_after_it_in_ipv6() {
+    streams_notice_a_cut(Family::V6).await;
+}
+
+async fn streams_notice_a_cut(family: Family) {
+    let lab = lab(spec(2, if family == Family::V4 { V4 } else { V6 })).await;
     connect_by_hand(&lab).await;
     let (node, a, b) = (&lab.nodes()[0], &lab.nodes()[0].pods()[0], &lab.nodes()[1].pods()[0]);
     let there = PingStream::start(a.netns(), b.ip(), PingOptions::default()).await.unwrap();
     let back = PingStream::start(b.netns(), a.ip(), PingOptions::default()).await.unwrap();
     let tcp = SteadyStream::start(a.netns(), b.netns(), b.ip(), Some(20_000_000)).await.unwrap();
 
-    let route = Route::via(IpNetwork::V4(lab.spec().subnet(1)), lab.spec().subnet(1).network().into(), VXLAN).onlink();
+    let route = by_hand(&lab, 1, family);
     node.host().delete_route(&route).await.unwrap();
-    assert!(is_silent(a.netns(), b.address()).await);
+    assert!(is_silent(a.netns(), b.ip()).await);
     node.host().add_route(&route).await.unwrap();
-    assert!(answers(a.netns(), b.address()).await);
+    assert!(answers(a.netns(), b.ip()).await);
 
     for report in [there.stop().await.unwrap(), back.stop().await.unwrap()] {
         assert!(report.sent > 100 && report.lost > 50 && report.received > 0, "{report:?}");
@@ -454,6 +590,8 @@ async fn sysctls_are_those_of_the_namespace() {
 fn a_route_prints_as_ip_route_does() {
     let default = Route::via("0.0.0.0/0".parse().unwrap(), Ipv4Addr::new(10, 0, 0, 1).into(), "eth0");
     assert_eq!(default.to_string(), "default via 10.0.0.1 dev eth0");
+    let default = Route::via("::/0".parse().unwrap(), "2001:db8::1".parse().unwrap(), "eth0");
+    assert_eq!(default.to_string(), "default via 2001:db8::1 dev eth0");
     let onlink = Route::via("10.42.1.0/24".parse().unwrap(), Ipv4Addr::new(10, 42, 1, 0).into(), VXLAN).onlink();
     assert_eq!(onlink.to_string(), "10.42.1.0/24 via 10.42.1.0 dev flannel.1 onlink");
 }

@@ -35,7 +35,7 @@ fn main() {
         lab.attach_pods(1410).await.expect("pods");
         let (a, b) = (&lab.nodes()[0], &lab.nodes()[2]);
         let options = PingOptions { timeout: Duration::from_secs(5), ..PingOptions::default() };
-        let report = ping(a.netns(), b.address().into(), options).await.expect("a ping");
+        let report = ping(a.netns(), b.ip(), options).await.expect("a ping");
         assert!(report.all_answered(), "{report:?}");
     });
     println!("{}: ok", if ordinary { "a lab by an ordinary user" } else { "a lab by root" });

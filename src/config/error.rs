@@ -49,7 +49,8 @@ pub struct ConfigError {
     pub problems: Vec<Problem>,
 }
 
-struct Listed<'a>(&'a [Problem]);
+/// Problems in one sentence.
+pub(crate) struct Listed<'a>(pub(crate) &'a [Problem]);
 
 impl fmt::Display for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -63,12 +64,12 @@ impl fmt::Display for Listed<'_> {
 
 /// Problems while they are collected; bounded, since a key can stand in a text a thousand times.
 #[derive(Debug, Default)]
-pub(super) struct Problems(Vec<Problem>);
+pub(crate) struct Problems(Vec<Problem>);
 
 impl Problems {
     const MAX: usize = 32;
 
-    pub(super) fn add(&mut self, field: impl Into<String>, value: Option<String>, allowed: impl Into<String>) {
+    pub(crate) fn add(&mut self, field: impl Into<String>, value: Option<String>, allowed: impl Into<String>) {
         if self.0.len() < Self::MAX {
             let value = value.map(|v| cut(&v));
             self.0.push(Problem { field: field.into(), value, allowed: allowed.into() });
@@ -78,6 +79,11 @@ impl Problems {
     pub(super) fn append(&mut self, others: Problems) {
         let room = Self::MAX.saturating_sub(self.0.len());
         self.0.extend(others.0.into_iter().take(room));
+    }
+
+    /// What was wrong.
+    pub(crate) fn into_vec(self) -> Vec<Problem> {
+        self.0
     }
 
     /// The value, if nothing was wrong.
@@ -99,7 +105,8 @@ impl Problems {
     }
 }
 
-fn cut(value: &str) -> String {
+/// A value as it is quoted: not longer than an operator wants to read.
+pub(crate) fn cut(value: &str) -> String {
     const MAX: usize = 64;
     let mut kept: String = value.chars().take(MAX).collect();
     if kept.len() < value.len() {

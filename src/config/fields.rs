@@ -19,7 +19,7 @@ use super::error::Problems;
 pub struct Fields<'a> {
     prefix: &'static str,
     pairs: Vec<(String, &'a RawValue)>,
-    pub(super) problems: Problems,
+    pub(crate) problems: Problems,
 }
 
 impl fmt::Debug for Fields<'_> {
@@ -29,14 +29,15 @@ impl fmt::Debug for Fields<'_> {
 }
 
 /// What a field's value is not.
-pub(super) struct Wrong;
+#[derive(Debug)]
+pub(crate) struct Wrong;
 
 impl<'a> Fields<'a> {
     /// The members of the object that `json` is; none for `null`. `Err` has no object in it.
-    pub(super) fn of(json: &'a RawValue, prefix: &'static str) -> Result<Self, Wrong> {
+    pub(crate) fn of(json: &'a RawValue, prefix: &'static str) -> Result<Self, Wrong> {
         let pairs = match json.get() {
             "null" => Vec::new(),
-            text => serde_json::from_str::<Pairs<'a>>(text).map_err(|_| Wrong)?.0,
+            _ => members(json)?,
         };
         Ok(Fields { prefix, pairs, problems: Problems::default() })
     }
@@ -99,17 +100,17 @@ impl<'a> Fields<'a> {
     }
 
     /// The names of all fields, as written.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.pairs.iter().map(|(key, _)| key.as_str())
     }
 
     /// The last value under a name, as JSON.
-    pub(super) fn json(&self, name: &str) -> Option<&'a RawValue> {
+    pub(crate) fn json(&self, name: &str) -> Option<&'a RawValue> {
         self.pairs.iter().rev().find(|(key, _)| same_key(key, name)).map(|(_, json)| *json)
     }
 
     /// Every value under a name in turn, each changing what the ones before it left.
-    pub(super) fn fold<T>(
+    pub(crate) fn fold<T>(
         &mut self,
         name: &str,
         allowed: &str,
@@ -131,7 +132,7 @@ impl<'a> Fields<'a> {
 }
 
 /// What kind of JSON a text is, for an error that must not quote it.
-pub(super) fn type_of(json: &str) -> &'static str {
+pub(crate) fn type_of(json: &str) -> &'static str {
     match json.as_bytes().first() {
         Some(b'{') => "an object",
         Some(b'[') => "an array",
@@ -143,7 +144,7 @@ pub(super) fn type_of(json: &str) -> &'static str {
 }
 
 /// Whether Go takes a key for a field: Unicode's simple folding, which joins two more letters to ASCII's 26 pairs.
-fn same_key(key: &str, field: &str) -> bool {
+pub(crate) fn same_key(key: &str, field: &str) -> bool {
     fn folded(text: &str) -> impl Iterator<Item = char> {
         text.chars().map(|c| match c {
             '\u{17f}' => 's',  // long s
@@ -152,6 +153,26 @@ fn same_key(key: &str, field: &str) -> bool {
         })
     }
     folded(key).eq(folded(field))
+}
+
+/// The members of an object, as they stand in the text. `Err` is no object, or has a key that is no Unicode.
+pub(crate) fn members(json: &RawValue) -> Result<Vec<(String, &RawValue)>, Wrong> {
+    serde_json::from_str::<Pairs<'_>>(json.get()).map(|pairs| pairs.0).map_err(|_| Wrong)
+}
+
+/// JSON without the white space that says nothing, as Go's `json.Compact` leaves it.
+pub(crate) fn compact(json: &str) -> String {
+    let (mut in_text, mut escaped) = (false, false);
+    let counts = |c: &char| {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' if in_text => escaped = true,
+            '"' => in_text = !in_text,
+            _ => {}
+        }
+        in_text || !matches!(c, ' ' | '\t' | '\r' | '\n')
+    };
+    json.chars().filter(counts).collect()
 }
 
 /// An object's members in the order of the text, duplicates and all: a map would lose which came last.

@@ -18,11 +18,11 @@ use serde_json::value::RawValue;
 
 use crate::lease::BackendKind;
 use crate::types::Stack;
-use error::Problems;
-use fields::type_of;
 
 pub use error::{ConfigError, Problem};
+pub(crate) use error::{Listed, Problems, cut};
 pub use fields::Fields;
+pub(crate) use fields::{Wrong, compact, members, same_key, type_of};
 pub use netconf::NetConf;
 pub use range::{Address, SubnetRange};
 

@@ -148,7 +148,9 @@ impl Control {
         let node = self.node.clone();
         let holding = self.holding.is_due(now);
         let held = self.lease.is_some();
-        let news = offers.filter(|o| self.lease.as_ref().is_some_and(|l| l.offers != *o));
+        // After a failure also where the watch said since that the store has them: publishing is what ends the trouble.
+        let failed = self.publishing.trouble.is_some();
+        let news = offers.filter(|o| self.lease.as_ref().is_some_and(|l| failed || l.offers != *o));
         let job = if self.network.is_none() && holding {
             async move { Answer::Network(manager.network().await) }.boxed()
         } else if let (None, Some(request), true) = (&self.lease, request, holding) {

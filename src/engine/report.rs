@@ -183,12 +183,8 @@ impl Engine {
         if let Some(conflict) = in_the_way {
             return (ConditionState::Failed, conflict.to_string());
         }
-        match self.no_ground(family) {
-            Some(reason) if self.programmed.contains(&family) || self.failures.contains_key(&Unit::Node(family)) => {
-                return (ConditionState::Failed, reason);
-            }
-            Some(reason) => return (ConditionState::Waiting, reason),
-            None => {}
+        if let Some(missing) = self.no_ground(family) {
+            return missing;
         }
         let published = view.offers(lease, |_| true).iter().all(|offer| {
             let known = lease.offer(&offer.backend).and_then(|known| known.endpoint(family));
@@ -255,7 +251,7 @@ impl Engine {
             .filter_map(|family| {
                 let subnet = lease.subnet(family)?;
                 let verdict = admission.verdict(&lease.node, family)?;
-                let cut_off = || self.no_ground(family).map(|reason| PeerState::Unreachable { reason });
+                let cut_off = || self.no_ground(family).map(|(_, reason)| PeerState::Unreachable { reason });
                 let state = self.trouble_of(&lease.node, family).or_else(cut_off);
                 let state = state.or_else(|| self.connected(verdict));
                 Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
@@ -265,21 +261,23 @@ impl Engine {
     }
 
     /// Why this node itself is not in its network in a family, so that no peer can be reached.
-    fn no_ground(&self, family: Family) -> Option<String> {
+    fn no_ground(&self, family: Family) -> Option<(ConditionState, String)> {
         let ground = Unit::Node(family);
         let blocking = self.view.iter().flat_map(|view| &view.blocking).find(|(of, _)| *of == family);
         let in_the_way = || self.conflicts.iter().find(|(key, _)| self.desired.owner(key) == Some(&ground));
         let conflict = blocking.map(|(_, conflict)| conflict).or_else(|| in_the_way().map(|(_, conflict)| conflict));
         if let Some(conflict) = conflict {
-            return Some(conflict.to_string());
+            return Some((ConditionState::Failed, conflict.to_string()));
         }
         if let Some(failure) = self.failures.get(&ground) {
-            return Some(failure.error.to_string());
+            return Some((ConditionState::Failed, failure.error.to_string()));
         }
-        let programmed = self.programmed.contains(&family);
-        (!programmed).then(|| {
-            let trouble = self.view.as_ref().and_then(|view| view.trouble(family)).map(ToString::to_string);
-            trouble.unwrap_or_else(|| "this node is not programmed yet".to_owned())
+        if self.programmed.contains(&family) {
+            return None;
+        }
+        Some(match self.view.as_ref().and_then(|view| view.trouble(family)) {
+            Some(trouble) => (ConditionState::Failed, trouble.to_string()),
+            None => (ConditionState::Waiting, "this node is not programmed yet".to_owned()),
         })
     }
 

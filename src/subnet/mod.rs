@@ -4,6 +4,7 @@
 //! another node's claim (that is [admission](crate::admission)) and keeps no opinion about backends.
 
 pub mod allocation;
+pub mod file;
 pub mod memory;
 
 use std::fmt::Debug;

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::NetlinkMessage;
@@ -97,7 +98,9 @@ impl Dump {
 
 fn is_ours(line: &str) -> bool {
     let operators = line.starts_with("route") && line.contains(" proto 4 ");
-    (line.contains("flannel.1") && !operators) || line.contains(" proto 112 ") || line.contains("nft ip podnet ")
+    let device = line.contains("flannel.1") || line.contains("flannel-v6.1");
+    let rules = line.contains("nft ip podnet ") || line.contains("nft ip6 podnet ");
+    (device && !operators) || line.contains(" proto 112 ") || rules
 }
 
 impl Eye {
@@ -464,8 +467,9 @@ fn neighbour_line(neighbour: &NeighbourMessage, named: &dyn Fn(u32) -> String) -
         match attribute {
             // The crate reads the remote of a forwarding entry as bytes.
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                let text: Vec<String> = bytes.iter().map(u8::to_string).collect();
-                parts.push(format!("to {}", text.join(".")));
+                let v4 = <[u8; 4]>::try_from(bytes.as_slice()).map(IpAddr::from);
+                let address = v4.or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from));
+                parts.push(format!("to {}", address.expect("an address of either family")));
             }
             NeighbourAttribute::Destination(address) => parts.push(format!("to {}", inner(&format!("{address:?}")))),
             NeighbourAttribute::LinkLayerAddress(mac) => {

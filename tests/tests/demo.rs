@@ -1,13 +1,23 @@
-//! What the demo shows a newcomer, asserted: every proof, repair and restart of `make demo`, on both underlays.
+//! What the demo shows a newcomer, asserted: every proof, repair and restart of `make demo`, with every backend, in every stack and on both underlays.
 //!
 //! They need the right to make network namespaces: run them as root, or `unshare -Urn cargo test -p podnet-tests`.
 
 use std::sync::Mutex;
 use std::time::Duration;
 
-use podnet_lab::Underlay;
 use podnet_lab::demo::proofs::{self, node_view, reach};
-use podnet_lab::demo::{Audience, Cluster, DemoSpec, Finding, Outcome, Part, Stage, breakage, restart};
+use podnet_lab::demo::{
+    Audience, Cluster, Crossing, DemoBackend, DemoSpec, Finding, Outcome, Part, Stage, breakage, restart,
+};
+use podnet_lab::{Families, Family, Stack, Underlay};
+use tokio::sync::Semaphore;
+
+const V4: Families = Stack::V4(());
+const V6: Families = Stack::V6(());
+const DUAL: Families = Stack::Dual((), ());
+
+/// So many demos at once: they measure repairs and count lost packets, and are not to be starved by those beside them.
+static TURNS: Semaphore = Semaphore::const_new(2);
 
 /// Remembers what began, so that nothing can go untold.
 #[derive(Default)]
@@ -25,12 +35,13 @@ impl Audience for Listener {
     }
 }
 
-fn spec(nodes: usize, underlay: Underlay) -> DemoSpec {
+fn spec(nodes: usize, backend: DemoBackend, families: Families, underlay: Underlay) -> DemoSpec {
     let (throughput, restart_margin) = (Duration::from_millis(200), Duration::from_millis(300));
-    DemoSpec { nodes, underlay, throughput, restart_margin }
+    DemoSpec { nodes, backend, underlay, families, throughput, restart_margin }
 }
 
 async fn whole_demo(spec: DemoSpec) -> Vec<Finding> {
+    let _turn = TURNS.acquire().await.unwrap();
     let listener = Listener::default();
     let mut stage = Stage::new(&listener);
     if let Ok(mut cluster) = Cluster::build(spec, &mut stage).await {
@@ -50,47 +61,172 @@ fn assert_all(findings: &[Finding], outcome: Outcome) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_on_the_articles_cluster() {
-    let findings = whole_demo(spec(3, Underlay::Gcp)).await;
-    assert_all(&findings, Outcome::Holds);
-    assert_eq!(findings.last().map(|finding| finding.part), Some(Part::Removal), "it went to the end");
+/// What the demo should say, beside what it always says: lines of each family, and lines of the cluster.
+struct Expected {
+    of_a_family: &'static [&'static str],
+    of_the_cluster: &'static [&'static str],
+    /// What must not be said.
+    never: &'static [&'static str],
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_of_the_demo_holds_on_one_ethernet() {
-    let findings = whole_demo(spec(3, Underlay::Lan)).await;
-    assert_all(&findings, Outcome::Holds);
+/// Said in every cluster of several nodes, once and in each family.
+const ALWAYS: [&str; 8] = [
+    "hosts",
+    "podnet",
+    "pods",
+    "node 3: interfaces",
+    "docker0 and the default route",
+    "packets lost by a restart",
+    "podnet removes what it made",
+    "every node is as it was before",
+];
+const ALWAYS_OF_A_FAMILY: [&str; 8] = [
+    "node 3: routes",
+    "largest packet between nodes",
+    "TCP throughput",
+    "pod to outside is masqueraded",
+    "pod to pod is not",
+    "DNS through",
+    "a route deleted",
+    "the masquerade table deleted",
+];
+
+fn expected(crossing: Crossing) -> Expected {
+    match crossing {
+        Crossing::Vxlan => Expected {
+            of_a_family: &[
+                "every pod reaches every pod",
+                "on the wire it is VXLAN",
+                "a neighbour deleted",
+                "an FDB entry deleted",
+            ],
+            of_the_cluster: &[],
+            never: &["ens4 set down and up", "podnet says why"],
+        },
+        Crossing::Plain => Expected {
+            of_a_family: &["every pod reaches every pod", "on the wire it is as sent"],
+            of_the_cluster: &["ens4 set down and up"],
+            never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
+        },
+        Crossing::Nowhere => Expected {
+            of_a_family: &["no pod reaches another node's", "podnet says why", "on the wire"],
+            of_the_cluster: &[],
+            never: &["every pod reaches every pod", "ens4 set down and up"],
+        },
+    }
+}
+
+/// Every line of the demo holds, and every line is there that should be, in each family of the stack. Where no node reaches another, what needs
+/// that is skipped, and nothing else.
+async fn every_line_holds(backend: DemoBackend, families: Families, underlay: Underlay) {
+    let spec = spec(3, backend, families, underlay);
+    let findings = whole_demo(spec).await;
+    let (skipped, shown): (Vec<_>, Vec<_>) =
+        findings.iter().cloned().partition(|finding| finding.outcome == Outcome::Skipped);
+    assert_all(&shown, Outcome::Holds);
     assert_eq!(findings.last().map(|finding| finding.part), Some(Part::Removal), "it went to the end");
+    assert!(skipped.iter().all(|finding| finding.seen == "needs nodes that reach each other"), "{skipped:?}");
+    let needing_others = match spec.crossing() {
+        Crossing::Vxlan | Crossing::Plain => 0,
+        // Size, wire, throughput, pod to pod, DNS, a route; and the restart.
+        Crossing::Nowhere => 6 * families.families().count() + 1,
+    };
+    assert_eq!(skipped.len(), needing_others, "{skipped:#?}");
+
+    let claims: Vec<_> = findings.iter().map(|finding| finding.claim.as_str()).collect();
+    let Expected { of_a_family, of_the_cluster, never } = expected(spec.crossing());
+    let mut wanted: Vec<_> = ALWAYS.iter().chain(of_the_cluster).map(|claim| claim.to_string()).collect();
+    for family in families.families() {
+        for claim in ALWAYS_OF_A_FAMILY.iter().chain(of_a_family) {
+            wanted.push(match (*claim, family, families) {
+                ("DNS through", Family::V4, _) => "DNS through 10.43.0.10".to_owned(),
+                ("DNS through", Family::V6, _) => "DNS through 2001:db8:43::a".to_owned(),
+                (_, _, Stack::V4(())) => claim.to_string(),
+                (_, _, Stack::V6(()) | Stack::Dual((), ())) => format!("{claim}, {family}"),
+            });
+        }
+        if let Some(device) = backend.device(family) {
+            wanted.extend([format!("{device} set down and up"), format!("{device} deleted")]);
+        }
+    }
+    for claim in &wanted {
+        assert!(claims.contains(&claim.as_str()), "{claim} is not told: {claims:#?}");
+    }
+    assert_eq!(claims.len(), wanted.len(), "{claims:#?}");
+    assert!(claims.iter().all(|claim| never.iter().all(|never| !claim.starts_with(never))), "{claims:#?}");
+}
+
+/// The whole matrix of backend, stack and underlay, each a test that says so in its name.
+macro_rules! every_line_of_the_demo_holds {
+    ($($name:ident: $backend:ident, $families:expr, $underlay:ident;)*) => { $(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            every_line_holds(DemoBackend::$backend, $families, Underlay::$underlay).await;
+        }
+    )* };
+}
+
+every_line_of_the_demo_holds! {
+    every_line_of_the_demo_holds_on_the_articles_cluster: Vxlan, V4, Gcp;
+    every_line_of_the_demo_holds_on_one_ethernet: Vxlan, V4, Lan;
+    every_line_holds_with_vxlan_in_ipv6_on_googles_cloud: Vxlan, V6, Gcp;
+    every_line_holds_with_vxlan_in_ipv6_on_one_ethernet: Vxlan, V6, Lan;
+    every_line_holds_with_vxlan_in_both_families_on_googles_cloud: Vxlan, DUAL, Gcp;
+    every_line_holds_with_vxlan_in_both_families_on_one_ethernet: Vxlan, DUAL, Lan;
+    every_line_holds_with_direct_routing_in_ipv4_on_googles_cloud: VxlanDirect, V4, Gcp;
+    every_line_holds_with_direct_routing_in_ipv4_on_one_ethernet: VxlanDirect, V4, Lan;
+    every_line_holds_with_direct_routing_in_ipv6_on_googles_cloud: VxlanDirect, V6, Gcp;
+    every_line_holds_with_direct_routing_in_ipv6_on_one_ethernet: VxlanDirect, V6, Lan;
+    every_line_holds_with_direct_routing_in_both_families_on_googles_cloud: VxlanDirect, DUAL, Gcp;
+    every_line_holds_with_direct_routing_in_both_families_on_one_ethernet: VxlanDirect, DUAL, Lan;
+    with_host_gw_nobody_is_reached_in_ipv4_on_googles_cloud_and_the_demo_says_so: HostGw, V4, Gcp;
+    every_line_holds_with_host_gw_in_ipv4_on_one_ethernet: HostGw, V4, Lan;
+    with_host_gw_nobody_is_reached_in_ipv6_on_googles_cloud_and_the_demo_says_so: HostGw, V6, Gcp;
+    every_line_holds_with_host_gw_in_ipv6_on_one_ethernet: HostGw, V6, Lan;
+    with_host_gw_nobody_is_reached_in_either_family_on_googles_cloud_and_the_demo_says_so: HostGw, DUAL, Gcp;
+    every_line_holds_with_host_gw_in_both_families_on_one_ethernet: HostGw, DUAL, Lan;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_of_one_node_skips_what_needs_two_and_holds_the_rest() {
-    let findings = whole_demo(spec(1, Underlay::Gcp)).await;
+    for (backend, families) in [(DemoBackend::Vxlan, V4), (DemoBackend::HostGw, V6)] {
+        one_node(backend, families).await;
+    }
+}
+
+async fn one_node(backend: DemoBackend, families: Families) {
+    let findings = whole_demo(spec(1, backend, families, backend.usual_underlay())).await;
     let (skipped, shown): (Vec<_>, Vec<_>) =
         findings.into_iter().partition(|finding| finding.outcome == Outcome::Skipped);
     assert_all(&shown, Outcome::Holds);
     assert!(skipped.iter().all(|finding| finding.seen == "needs two nodes"), "{skipped:?}");
-    assert!(shown.iter().any(|finding| finding.claim == "pod to outside is masqueraded"));
+    assert!(shown.iter().any(|finding| finding.claim.starts_with("pod to outside is masqueraded")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_does_not_hold_is_told_as_a_failure() {
+    let _turn = TURNS.acquire().await.unwrap();
     let listener = Listener::default();
     let mut stage = Stage::new(&listener);
-    let cluster = Cluster::build(spec(2, Underlay::Gcp), &mut stage).await.unwrap();
+    let cluster = Cluster::build(spec(2, DemoBackend::Vxlan, DUAL, Underlay::Gcp), &mut stage).await.unwrap();
     assert_all(stage.findings(), Outcome::Holds);
 
     let node = cluster.lab().nodes()[1].host();
     node.delete_link("docker0").await.unwrap();
     node.set_down("vethpod0").await.unwrap();
+    node.delete_address("cni0", "2001:db8:42:1::1/64".parse().unwrap()).await.unwrap();
     let told = stage.findings().len();
-    stage.show(Part::Proof, "reach", reach::every_pod(&cluster)).await;
+    for family in Family::BOTH {
+        stage.show(Part::Proof, "reach", reach::every_pod(&cluster, family)).await;
+        stage.show(Part::Proof, "routes", node_view::routes(&cluster, family)).await;
+    }
     stage.show(Part::Proof, "interfaces", node_view::interfaces(&cluster)).await;
-    stage.show(Part::Proof, "routes", node_view::routes(&cluster)).await;
     stage.show(Part::Proof, "docker0", node_view::docker(&cluster)).await;
     assert_all(&stage.findings()[told..], Outcome::Fails);
-    assert!(stage.findings()[told].details.iter().any(|line| line.contains("does not reach 10.42.1.2")));
+    for (finding, pod) in [(&stage.findings()[told], "10.42.1.2"), (&stage.findings()[told + 2], "2001:db8:42:1::2")] {
+        let silent = format!("does not reach {pod}");
+        assert!(finding.details.iter().any(|line| line.contains(&silent)), "{finding:?}");
+    }
     cluster.remove(&mut stage).await;
     assert_eq!(stage.findings().last().unwrap().outcome, Outcome::Fails, "docker0 is missed at the end too");
 }

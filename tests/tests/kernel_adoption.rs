@@ -9,7 +9,7 @@ use ipnetwork::IpNetwork;
 use netlink_packet_route::link::InfoVxlan;
 use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, Offer, Precedence};
 use podnet::status::{ConditionKind, ConditionState, PeerState, Phase, Status};
-use podnet::types::Stack;
+use podnet::types::{Family, Stack};
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{PingOptions, PingStream};
 use podnet_lab::{Host, Route};
@@ -61,12 +61,13 @@ async fn flannels_peer(host: &Host, subnet: IpNetwork, mac: [u8; 6], address: Ip
 async fn flannels_node(cluster: &Cluster, index: usize) {
     let node = &cluster.lab.nodes()[index];
     let (host, spec) = (node.host(), cluster.lab.spec());
-    flannels_device(host, flannels_mac(index), node.address().octets(), (1, 8472), spec.mtu() - 50).await;
-    host.add_address(DEVICE, IpNetwork::from(IpAddr::from(spec.subnet(index).network()))).await.unwrap();
+    let address = node.addresses().v4().unwrap().octets();
+    flannels_device(host, flannels_mac(index), address, (1, 8472), spec.mtu() - 50).await;
+    host.add_address(DEVICE, IpNetwork::from(spec.subnet(index, Family::V4).unwrap().network())).await.unwrap();
     host.set_up(DEVICE).await.unwrap();
     for peer in cluster.lab.nodes().iter().filter(|peer| peer.index() != index) {
-        let subnet = spec.subnet(peer.index()).into();
-        flannels_peer(host, subnet, flannels_mac(peer.index()), peer.address().into()).await;
+        let subnet = spec.subnet(peer.index(), Family::V4).unwrap();
+        flannels_peer(host, subnet, flannels_mac(peer.index()), peer.ip()).await;
     }
     let (table, pods) = ("flannel-ipv4", [10, 42]);
     let rule = |chain: &str, source| {
@@ -96,10 +97,13 @@ fn flannels_lease(cluster: &Cluster, index: usize) -> Lease {
     let data = format!(r#"{{"VNI":1,"VtepMAC":"{}"}}"#, text(flannels_mac(index)));
     Lease {
         node: name(node.name()),
-        subnets: Stack::V4(cluster.lab.spec().subnet(index)),
+        subnets: cluster.lab.spec().subnets(index),
         offers: vec![Offer {
             backend: BackendKind::of("vxlan"),
-            endpoints: Stack::V4(Endpoint { public_ip: node.address(), data: BackendData::from_text(&data).unwrap() }),
+            endpoints: Stack::V4(Endpoint {
+                public_ip: *node.addresses().v4().unwrap(),
+                data: BackendData::from_text(&data).unwrap(),
+            }),
         }],
         precedence: Precedence { since: u64::try_from(index).unwrap(), identity: node.name().to_owned() },
     }

@@ -5,107 +5,198 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
+use podnet::driver::netlink;
+use podnet::types::Family;
 use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
-use super::proofs::{needs_two_nodes, reaches, seen_outside};
-use super::{Cluster, DemoError, MASQUERADE_TABLE, OVERLAY_DEVICE, Part, Seen, Stage};
-use crate::{Host, LabError, Node, services};
+use super::proofs::{reaches, seen_outside};
+use super::{Cluster, Crossing, DemoError, Part, Seen, Stage, masquerade_table};
+use crate::cluster::UNDERLAY_INTERFACE;
+use crate::families::is_link_local;
+use crate::{Host, LabError, Node, Route, services};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
 const DEADLINE: Duration = Duration::from_secs(5);
 
+/// RTPROT_KERNEL: what the kernel makes with an address.
+const PROTOCOL_KERNEL: u8 = 2;
+
 /// How often the kernel is looked at: what is printed is exact to about that.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// Breaks one thing after the other.
+/// Breaks one thing after the other, in each family of the cluster.
 pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let part = Part::Repair;
-    stage.show(part, "a route deleted", route(cluster)).await;
-    stage.show(part, "a neighbour deleted", neighbour(cluster)).await;
-    stage.show(part, "an FDB entry deleted", fdb_entry(cluster)).await;
-    stage.show(part, "flannel.1 set down and up", down_and_up(cluster)).await;
-    stage.show(part, "flannel.1 deleted", device(cluster)).await;
-    stage.show(part, "the masquerade table deleted", table(cluster)).await;
+    for family in cluster.spec().families.families() {
+        let named = |claim: &str| cluster.named(claim, family);
+        stage.show(part, &named("a route deleted"), route(cluster, family)).await;
+        if let Some(device) = cluster.spec().backend.device(family) {
+            let on = Overlay { cluster, family, device };
+            if cluster.crossing() == Crossing::Vxlan {
+                stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
+                stage.show(part, &named("an FDB entry deleted"), on.fdb_entry()).await;
+            }
+            stage.show(part, &format!("{device} set down and up"), on.down_and_up()).await;
+            stage.show(part, &format!("{device} deleted"), on.deleted()).await;
+        }
+        stage.show(part, &named("the masquerade table deleted"), table(cluster, family)).await;
+    }
+    if cluster.crossing() == Crossing::Plain {
+        stage.show(part, &format!("{UNDERLAY_INTERFACE} set down and up"), underlay(cluster)).await;
+    }
 }
 
-async fn route(cluster: &Cluster) -> Result<Seen, DemoError> {
-    let Some(other) = cluster.other() else {
-        return needs_two_nodes();
-    };
+/// The routes are on the underlay's own device: the kernel takes them when it goes down.
+async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
+    if cluster.other().is_none() {
+        return cluster.cannot();
+    }
     let host = cluster.first().host();
-    let subnet = cluster.lab().spec().subnet(other.index());
-    let routes = host.routes().await?;
-    let Some(victim) = routes.into_iter().find(|route| route.destination == subnet.into()) else {
-        return Ok(Seen::new(false, format!("there is no route to {subnet} to delete")));
-    };
-    let took = repair(cluster, host.delete_route(&victim), || node_state::routes(host)).await?;
-    repaired(cluster, took, &format!("{subnet} via {}", subnet.network())).await
-}
-
-async fn neighbour(cluster: &Cluster) -> Result<Seen, DemoError> {
-    let Some(other) = cluster.other() else {
-        return needs_two_nodes();
-    };
-    let host = cluster.first().host();
-    let vtep = cluster.lab().spec().subnet(other.index()).network();
-    let took =
-        repair(cluster, host.delete_neighbour(OVERLAY_DEVICE, vtep.into()), || node_state::neighbours(host)).await?;
-    repaired(cluster, took, &format!("{vtep} on {OVERLAY_DEVICE}")).await
-}
-
-async fn fdb_entry(cluster: &Cluster) -> Result<Seen, DemoError> {
-    let Some(other) = cluster.other() else {
-        return needs_two_nodes();
-    };
-    let host = cluster.first().host();
-    let address = other.address().into();
-    let entries = host.fdb(OVERLAY_DEVICE).await?;
-    let Some(victim) = entries.iter().find(|entry| entry.address == Some(address)).and_then(|entry| entry.mac) else {
-        return Ok(Seen::new(false, format!("there is no FDB entry to {address} to delete")));
-    };
-    let took = repair(cluster, host.delete_fdb(OVERLAY_DEVICE, victim), || node_state::fdb(host)).await?;
-    repaired(cluster, took, &format!("{} to {address}", mac(victim))).await
-}
-
-async fn down_and_up(cluster: &Cluster) -> Result<Seen, DemoError> {
-    let host = cluster.first().host();
+    let configuration = HostConfiguration::of(host).await?;
     let shake = async {
-        host.set_down(OVERLAY_DEVICE).await?;
-        host.set_up(OVERLAY_DEVICE).await
+        host.set_down(UNDERLAY_INTERFACE).await?;
+        host.set_up(UNDERLAY_INTERFACE).await?;
+        configuration.restore(host).await
     };
     let took = repair(cluster, shake, || NodeState::of(host)).await?;
-    repaired(cluster, took, "its address, neighbours, routes").await
+    repaired(cluster, cluster.spec().families.families(), took, "its peers' routes, once it had its addresses").await
 }
 
-async fn device(cluster: &Cluster) -> Result<Seen, DemoError> {
-    let host = cluster.first().host();
-    let before = host.link(OVERLAY_DEVICE).await?;
-    let took = repair(cluster, host.delete_link(OVERLAY_DEVICE), || NodeState::of(host)).await?;
-    let after = host.link(OVERLAY_DEVICE).await?;
-    let same = before.mac == after.mac && before.mac.is_some();
-    let text = format!(
-        "made anew with {} MAC {}",
-        if same { "the same" } else { "ANOTHER" },
-        after.mac.map(mac).unwrap_or_default()
-    );
-    let seen = repaired(cluster, took, &text).await?;
-    if !same || before.index == after.index {
-        return Ok(Seen::new(false, format!("{text} (index {} before, {} after)", before.index, after.index)));
+/// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
+struct HostConfiguration {
+    addresses: Vec<IpNetwork>,
+    routes: Vec<Route>,
+}
+
+impl HostConfiguration {
+    async fn of(host: &Host) -> Result<Self, LabError> {
+        let addresses = host.addresses(UNDERLAY_INTERFACE).await?.into_iter();
+        let mut routes = Vec::new();
+        for family in Family::BOTH {
+            let all = host.routes_in(family).await?.into_iter();
+            let configured = |protocol| protocol != netlink::PROTOCOL && protocol != PROTOCOL_KERNEL;
+            routes.extend(all.filter(|route| route.device == UNDERLAY_INTERFACE && configured(route.protocol)));
+        }
+        // The way to the gateway before what goes through it.
+        routes.sort_by_key(|route| route.gateway.is_some());
+        Ok(Self { addresses: addresses.filter(|address| !is_link_local(address.ip())).collect(), routes })
     }
-    Ok(seen)
+
+    async fn restore(&self, host: &Host) -> Result<(), LabError> {
+        host.wait_ready(UNDERLAY_INTERFACE, DEADLINE).await?;
+        // The kernel keeps IPv4 addresses over a down, and no IPv6 address.
+        let there = host.addresses(UNDERLAY_INTERFACE).await?;
+        for address in self.addresses.iter().filter(|address| !there.contains(address)) {
+            host.add_address(UNDERLAY_INTERFACE, *address).await?;
+        }
+        for route in &self.routes {
+            host.replace_route(route).await?;
+        }
+        Ok(())
+    }
 }
 
-async fn table(cluster: &Cluster) -> Result<Seen, DemoError> {
+async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
+    let Some(other) = cluster.other() else {
+        return cluster.cannot();
+    };
+    let host = cluster.first().host();
+    let subnet = cluster.lab().spec().subnet(other.index(), family)?;
+    let routes = host.routes_in(family).await?;
+    let Some(victim) = routes.into_iter().find(|route| route.destination == subnet) else {
+        return Ok(Seen::new(false, format!("there is no route to {subnet} to delete")));
+    };
+    let gateway = victim.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+    let took = repair(cluster, host.delete_route(&victim), || node_state::routes(host)).await?;
+    repaired(cluster, [family], took, &format!("{subnet}{gateway}")).await
+}
+
+async fn table(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let (node, host) = (cluster.first(), cluster.first().host());
-    let delete = async { services::delete_table(host, MASQUERADE_TABLE) };
+    let delete = async { services::delete_table(host, masquerade_table(family)) };
     let took = repair(cluster, delete, || async { node_state::tables(host) }).await?;
-    let seen = seen_outside(cluster, &node.pods()[0]).await?;
-    if seen.iter().any(|seen| *seen != node.address()) {
+    let (seen, address) = (seen_outside(cluster, &node.pods()[0], family).await?, node.ip_in(family)?);
+    if seen.iter().any(|seen| *seen != address) {
         return Ok(Seen::new(false, format!("the table is back, but the outside sees {seen:?}")));
     }
-    repaired(cluster, took, "and the outside sees the node as before").await
+    repaired(cluster, [family], took, "and the outside sees the node as before").await
+}
+
+/// The overlay's device of one family, on the first node.
+struct Overlay<'a> {
+    cluster: &'a Cluster,
+    family: Family,
+    device: &'static str,
+}
+
+impl Overlay<'_> {
+    fn host(&self) -> &Host {
+        self.cluster.first().host()
+    }
+
+    async fn repaired(&self, took: Duration, what: &str) -> Result<Seen, DemoError> {
+        repaired(self.cluster, [self.family], took, what).await
+    }
+
+    async fn neighbour(&self) -> Result<Seen, DemoError> {
+        let Some(other) = self.cluster.other() else {
+            return self.cluster.cannot();
+        };
+        let (host, device) = (self.host(), self.device);
+        let vtep = self.cluster.lab().spec().subnet(other.index(), self.family)?.network();
+        let delete = host.delete_neighbour(device, vtep);
+        let took = repair(self.cluster, delete, || node_state::neighbours(host, device)).await?;
+        self.repaired(took, &format!("{vtep} on {device}")).await
+    }
+
+    async fn fdb_entry(&self) -> Result<Seen, DemoError> {
+        let Some(other) = self.cluster.other() else {
+            return self.cluster.cannot();
+        };
+        let (host, device, address) = (self.host(), self.device, other.ip_in(self.family)?);
+        let entries = host.fdb(device).await?;
+        let Some(victim) = entries.iter().find(|entry| entry.address == Some(address)).and_then(|entry| entry.mac)
+        else {
+            return Ok(Seen::new(false, format!("there is no FDB entry to {address} to delete")));
+        };
+        let took = repair(self.cluster, host.delete_fdb(device, victim), || node_state::fdb(host, device)).await?;
+        self.repaired(took, &format!("{} to {address}", mac(victim))).await
+    }
+
+    async fn down_and_up(&self) -> Result<Seen, DemoError> {
+        let (host, device) = (self.host(), self.device);
+        let shake = async {
+            host.set_down(device).await?;
+            host.set_up(device).await
+        };
+        let took = repair(self.cluster, shake, || NodeState::of(host)).await?;
+        let with_it = match self.cluster.crossing() {
+            Crossing::Vxlan => "its address, neighbours, routes",
+            Crossing::Plain | Crossing::Nowhere => "its address",
+        };
+        self.repaired(took, with_it).await
+    }
+
+    async fn deleted(&self) -> Result<Seen, DemoError> {
+        let (host, device) = (self.host(), self.device);
+        let before = host.link(device).await?;
+        let took = repair(self.cluster, host.delete_link(device), || NodeState::of(host)).await?;
+        let after = host.link(device).await?;
+        let same = before.mac == after.mac && before.mac.is_some();
+        let text = format!(
+            "made anew with {} MAC {}",
+            if same { "the same" } else { "ANOTHER" },
+            after.mac.map(mac).unwrap_or_default()
+        );
+        let seen = self.repaired(took, &text).await?;
+        if !same || before.index == after.index {
+            return Ok(Seen::new(false, format!("{text} (index {} before, {} after)", before.index, after.index)));
+        }
+        Ok(seen)
+    }
 }
 
 /// Breaks something on the first node; returns how long it took until what `look` looks at was as before.
@@ -151,12 +242,19 @@ where
 }
 
 /// The kernel holds it again; it must work too.
-async fn repaired(cluster: &Cluster, took: Duration, what: &str) -> Result<Seen, DemoError> {
+async fn repaired(
+    cluster: &Cluster,
+    families: impl IntoIterator<Item = Family>,
+    took: Duration,
+    what: &str,
+) -> Result<Seen, DemoError> {
     let node: &Node = cluster.first();
-    let works = match cluster.other() {
-        Some(other) => reaches(node.pods()[0].netns(), other.pods()[0].address()).await?,
-        None => true,
-    };
+    let mut works = true;
+    if let Some(other) = cluster.other() {
+        for family in families {
+            works &= reaches(node.pods()[0].netns(), other.pods()[0].ip_in(family)?).await?;
+        }
+    }
     let took_ms = milliseconds(took);
     let text = format!("{took_ms:>6.1} ms  {what}{}", if works { "" } else { ", but pods do not reach each other" });
     Ok(Seen::new(works, text).figures(json!({ "repaired_ms": took_ms })))

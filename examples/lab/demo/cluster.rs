@@ -9,21 +9,18 @@ use futures::future::{join_all, try_join_all};
 use podnet::Shutdown;
 use podnet::config::NetworkConfig;
 use podnet::subnet::memory::MemorySubnets;
-use podnet::types::Stack;
+use podnet::types::{Family, Stack};
 use serde_json::json;
 
 use super::node_state::NodeState;
 use super::pod_network::PodNetwork;
 use super::proofs::ECHO_PORT;
-use super::{DemoError, Part, Seen, Stage};
-use crate::cluster::{DOCKER_BRIDGE, OUTSIDE};
+use super::{Crossing, DemoBackend, DemoError, Part, Seen, Stage};
+use crate::cluster::{DOCKER_BRIDGE, gateway, outside, underlay_network};
 use crate::host::LinkState;
 use crate::probe::{DnsServer, EchoServer};
 use crate::services::{self, Service};
-use crate::{Lab, LabError, LabSpec, Node, Pod, Underlay};
-
-/// VXLAN over IPv4 takes so many bytes of a packet: Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
-const VXLAN_OVERHEAD: u32 = 50;
+use crate::{Families, Lab, LabError, LabSpec, Node, Pod, Underlay, families};
 
 /// What to build, and how long to measure.
 #[derive(Debug, Clone, Copy)]
@@ -32,10 +29,21 @@ pub struct DemoSpec {
     pub nodes: usize,
     /// What connects them.
     pub underlay: Underlay,
+    /// Which families it speaks.
+    pub families: Families,
+    /// What connects the pods.
+    pub backend: DemoBackend,
     /// How long each throughput is measured.
     pub throughput: Duration,
     /// How long traffic runs before the restart, and again after it.
     pub restart_margin: Duration,
+}
+
+impl DemoSpec {
+    /// How packets get from node to node.
+    pub fn crossing(&self) -> Crossing {
+        self.backend.crossing(self.underlay)
+    }
 }
 
 impl Default for DemoSpec {
@@ -43,6 +51,8 @@ impl Default for DemoSpec {
         Self {
             nodes: 3,
             underlay: Underlay::Gcp,
+            families: Stack::V4(()),
+            backend: DemoBackend::Vxlan,
             throughput: Duration::from_secs(1),
             restart_margin: Duration::from_millis(700),
         }
@@ -71,16 +81,16 @@ pub struct Cluster {
 /// What answers in the cluster and outside of it.
 #[derive(Debug)]
 struct Servers {
-    _dns: DnsServer,
-    outside: EchoServer,
+    _dns: Vec<DnsServer>,
+    outside: Vec<EchoServer>,
 }
 
 impl Cluster {
     /// Builds it, and tells of each step.
     pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
         let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
-        let (subnets, networks) = stage.need(Part::Build, "podnet", pod_networks(&lab)).await?;
-        let servers = stage.need(Part::Build, "pods", pods(&mut lab, &networks)).await?;
+        let (subnets, networks) = stage.need(Part::Build, "podnet", pod_networks(&lab, spec)).await?;
+        let servers = stage.need(Part::Build, "pods", pods(&mut lab, spec, &networks)).await?;
         Ok(Self { spec, lab, subnets, networks, before, servers })
     }
 
@@ -99,9 +109,20 @@ impl Cluster {
         &self.lab.nodes()[0]
     }
 
-    /// The last node, to which things are tried; `None` in a cluster of one.
+    /// The last node, to which things are tried; `None` in a cluster of one, and where no node reaches another: [`Cluster::cannot`] says which.
     pub(crate) fn other(&self) -> Option<&Node> {
-        self.lab.nodes().get(1..)?.last()
+        self.lab.nodes().get(1..)?.last().filter(|_| self.crossing() != Crossing::Nowhere)
+    }
+
+    /// What is said where a proof needs another node that is reached.
+    pub(crate) fn cannot(&self) -> Result<Seen, DemoError> {
+        let alone = self.lab.nodes().len() == 1;
+        Ok(Seen::skipped(if alone { "needs two nodes" } else { "needs nodes that reach each other" }))
+    }
+
+    /// How packets get from node to node.
+    pub(crate) fn crossing(&self) -> Crossing {
+        self.spec.crossing()
     }
 
     pub(crate) fn networks(&self) -> &[PodNetwork] {
@@ -113,26 +134,43 @@ impl Cluster {
     }
 
     /// The server on the host outside that says whom it sees.
-    pub(crate) fn outside_echo(&self) -> &EchoServer {
-        &self.servers.outside
+    pub(crate) fn outside_echo(&self, family: Family) -> Result<&EchoServer, LabError> {
+        let mut servers = self.servers.outside.iter();
+        servers
+            .find(|server| Family::of(server.address().ip()) == family)
+            .ok_or_else(|| LabError::Invalid(format!("nobody answers outside over {family}")))
     }
 
     /// Whether this is the article's cluster, so that its listings are what must be seen.
     pub(crate) fn is_the_articles(&self) -> bool {
-        self.spec.nodes == 3 && self.spec.underlay == Underlay::Gcp
+        let DemoSpec { nodes, underlay, families, backend, .. } = self.spec;
+        (nodes, underlay, families, backend) == (3, Underlay::Gcp, Stack::V4(()), DemoBackend::Vxlan)
     }
 
-    /// The MTU that pods should have, in bytes.
+    /// The MTU that pods should have, in bytes: the least of the families'.
     pub fn pod_mtu(&self) -> u32 {
-        pod_mtu(self.lab.spec())
+        pod_mtu(self.lab.spec(), self.spec.backend)
+    }
+
+    /// The MTU that the backend should leave to a family, in bytes.
+    pub fn mtu_of(&self, family: Family) -> u32 {
+        self.lab.spec().mtu() - self.spec.backend.overhead(family)
+    }
+
+    /// What is shown, and in which family where that is not plain: in a cluster of IPv4 alone it is.
+    pub(crate) fn named(&self, claim: &str, family: Family) -> String {
+        match self.spec.families {
+            Stack::V4(()) => claim.to_owned(),
+            Stack::V6(()) | Stack::Dual((), ()) => format!("{claim}, {family}"),
+        }
     }
 
     /// Stops podnet on a node, leaving the network up, and starts it anew on the same store.
     pub(crate) async fn restart(&mut self, node: usize) -> Result<(), DemoError> {
         let peers = self.lab.nodes().len() - 1;
         self.networks.remove(node).stop(Shutdown::Keep).await?;
-        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets).await?;
-        let ready = network.wait_ready(peers).await;
+        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec.backend).await?;
+        let ready = network.wait_ready(peers, self.crossing() != Crossing::Nowhere).await;
         self.networks.insert(node, network);
         ready.map(drop)
     }
@@ -147,7 +185,7 @@ impl Cluster {
     async fn compare(&mut self) -> Result<Seen, DemoError> {
         for node in self.lab.nodes_mut() {
             node.detach_all().await?;
-            services::delete_table(node.host(), &format!("ip {}", services::TABLE))?;
+            services::publish(node.host(), &[])?;
         }
         let mut differences = Vec::new();
         let mut objects = 0;
@@ -169,53 +207,67 @@ impl Cluster {
     }
 }
 
-fn pod_mtu(spec: &LabSpec) -> u32 {
-    spec.mtu() - VXLAN_OVERHEAD
+fn pod_mtu(spec: &LabSpec, backend: DemoBackend) -> u32 {
+    let most = spec.families().map(|family| backend.overhead(family)).max();
+    spec.mtu() - most.unwrap_or(0)
 }
 
 async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> {
-    let lab = Lab::build(LabSpec { nodes: spec.nodes, underlay: spec.underlay, ..LabSpec::default() }).await?;
+    let networks = LabSpec::usual_networks(spec.families);
+    let lab =
+        Lab::build(LabSpec { nodes: spec.nodes, underlay: spec.underlay, networks, ..LabSpec::default() }).await?;
     let mut before = Vec::new();
     for node in lab.nodes() {
         let docker = node.host().link(DOCKER_BRIDGE).await?;
         before.push(Before { state: NodeState::of(node.host()).await?, docker });
     }
+    let each = |what: &dyn Fn(Family) -> String| spec.families.families().map(what).collect::<Vec<_>>().join(" and ");
     let wire = match spec.underlay {
-        Underlay::Gcp => "a /32 each, gateway 10.240.0.1",
-        Underlay::Lan => "one Ethernet, 10.240.0.0/24",
+        Underlay::Gcp => {
+            let whole = |family| if family == Family::V4 { "a /32".to_owned() } else { "a /128".to_owned() };
+            format!("{} each, gateway {}", each(&whole), each(&|family| gateway(family).to_string()))
+        }
+        Underlay::Lan => format!("one Ethernet, {}", each(&|family| underlay_network(family).to_string())),
     };
     let text = format!("{} with docker0 and ens4: MTU {}, {wire}", count(spec.nodes, "node"), lab.spec().mtu());
     let figures = json!({ "nodes": spec.nodes, "underlay_mtu": lab.spec().mtu() });
     Ok(((lab, before), Seen::new(true, text).figures(figures)))
 }
 
-/// One store for the cluster, a subnet assigned to each node as Kubernetes assigns a podCIDR, and podnet on every node.
-async fn pod_networks(lab: &Lab) -> Result<((MemorySubnets, Vec<PodNetwork>), Seen), DemoError> {
+/// One store for the cluster, a subnet of each family assigned to each node as Kubernetes assigns podCIDRs, and podnet on every node.
+async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<PodNetwork>), Seen), DemoError> {
     let invalid = |what: String| DemoError::Lab(LabError::Invalid(what));
-    let network = lab.spec().cluster_network;
-    let config = NetworkConfig::new(Stack::V4(network)).map_err(|error| invalid(error.to_string()))?;
+    let config = NetworkConfig::new(lab.spec().networks).and_then(|config| config.with_backend(spec.backend.section()));
+    let config = config.map_err(|error| invalid(error.to_string()))?;
     let subnets = MemorySubnets::assigned(config);
     for node in lab.nodes() {
         let name = node.name().parse().map_err(|error| invalid(format!("{error}")))?;
-        subnets.assign(&name, Stack::V4(lab.spec().subnet(node.index())));
+        subnets.assign(&name, lab.spec().subnets(node.index()));
     }
 
     let start = std::time::Instant::now();
-    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets))).await?;
-    let peers = lab.nodes().len() - 1;
-    try_join_all(networks.iter().map(|network| network.wait_ready(peers))).await?;
+    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets, spec.backend))).await?;
+    let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
+    try_join_all(networks.iter().map(|network| network.wait_ready(peers, reachable))).await?;
     let ready_ms = milliseconds(start.elapsed());
+    let mut ranges = Vec::new();
+    for family in lab.spec().families() {
+        let (network, subnet) = (families::network(&lab.spec().networks, family)?, lab.spec().subnet(0, family)?);
+        ranges.push(format!("network {network}, a /{} each", subnet.prefix()));
+    }
     let text = format!(
-        "{} ready after {ready_ms:.0} ms; network {network}, a /24 each, MTU {}",
+        "{} ready after {ready_ms:.0} ms; {}, MTU {}{}",
         all(lab),
-        pod_mtu(lab.spec())
+        ranges.join("; "),
+        pod_mtu(lab.spec(), spec.backend),
+        if reachable { "" } else { "; no peer is reachable" }
     );
     Ok(((subnets, networks), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }
 
 /// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.
-async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(Servers, Seen), DemoError> {
-    let wanted = pod_mtu(lab.spec());
+async fn pods(lab: &mut Lab, spec: DemoSpec, networks: &[PodNetwork]) -> Result<(Servers, Seen), DemoError> {
+    let wanted = pod_mtu(lab.spec(), spec.backend);
     let asked: Vec<_> = networks.iter().filter_map(|network| network.overlay().status().borrow().pod_mtu).collect();
     if asked.len() != networks.len() || asked.iter().any(|mtu| mtu.bytes() != wanted) {
         let problem = format!("podnet asks for pods of MTU {asked:?}, and {wanted} is right");
@@ -223,21 +275,21 @@ async fn pods(lab: &mut Lab, networks: &[PodNetwork]) -> Result<(Servers, Seen),
     }
     lab.attach_pods(wanted).await?;
     let server = dns_pod(lab)?;
-    let dns = DnsServer::start(server.netns(), SocketAddr::new(server.ip(), 53))?;
-    for node in lab.nodes() {
-        services::publish(node.host(), &[Service::dns(server.address())])?;
+    let mut servers = Servers { _dns: Vec::new(), outside: Vec::new() };
+    let (mut dns, mut told) = (Vec::new(), Vec::new());
+    for family in lab.spec().families() {
+        let pod = server.ip_in(family)?;
+        servers._dns.push(DnsServer::start(server.netns(), at(pod, 53))?);
+        servers.outside.push(EchoServer::start(lab.outside().netns(), at(outside(family), ECHO_PORT))?);
+        dns.push(Service::dns(pod));
+        told.push(format!("DNS at {} is the pod {pod}", services::dns_service(family)));
     }
-    let outside = EchoServer::start(lab.outside().netns(), at(OUTSIDE, ECHO_PORT))?;
-    let text = format!(
-        "{} on cni0, MTU {wanted}; DNS at {} is the pod {}",
-        count(lab.pods().count(), "pod"),
-        services::DNS_SERVICE,
-        server.address()
-    );
-    Ok((
-        Servers { _dns: dns, outside },
-        Seen::new(true, text).figures(json!({ "pods": lab.pods().count(), "pod_mtu": wanted })),
-    ))
+    for node in lab.nodes() {
+        services::publish(node.host(), &dns)?;
+    }
+    let text = format!("{} on cni0, MTU {wanted}; {}", count(lab.pods().count(), "pod"), told.join("; "));
+    let figures = json!({ "pods": lab.pods().count(), "pod_mtu": wanted });
+    Ok((servers, Seen::new(true, text).figures(figures)))
 }
 
 fn dns_pod(lab: &Lab) -> Result<Pod, LabError> {

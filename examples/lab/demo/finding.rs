@@ -47,7 +47,7 @@ pub enum Outcome {
     Holds,
     /// It is not so, or could not be found out.
     Fails,
-    /// This cluster is too small to show it.
+    /// This cluster cannot show it: it is too small, or its nodes do not reach each other.
     Skipped,
 }
 

@@ -11,6 +11,7 @@
 //!   Cluster::remove    nothing of podnet is left
 //! ```
 
+pub mod backend;
 pub mod breakage;
 pub mod cluster;
 pub mod error;
@@ -20,13 +21,25 @@ pub mod pod_network;
 pub mod proofs;
 pub mod restart;
 
+pub use backend::{Crossing, DemoBackend};
 pub use cluster::{Cluster, DemoSpec};
 pub use error::DemoError;
 pub use finding::{Audience, Finding, Outcome, Part, Seen, Stage};
 
-/// The pod network's device.
-pub const OVERLAY_DEVICE: &str = "flannel.1";
-/// The table with podnet's rules.
-pub const MASQUERADE_TABLE: &str = "ip podnet";
+use podnet::types::Family;
+
+/// The table with podnet's rules of a family.
+pub fn masquerade_table(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip podnet",
+        Family::V6 => "ip6 podnet",
+    }
+}
+
 /// The network of service addresses, where no pod may be.
-pub const SERVICE_NETWORK: &str = "10.43.0.0/16";
+pub fn service_network(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "10.43.0.0/16",
+        Family::V6 => "2001:db8:43::/112",
+    }
+}

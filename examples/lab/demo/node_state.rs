@@ -4,7 +4,10 @@
 
 use std::collections::BTreeSet;
 
-use super::OVERLAY_DEVICE;
+use podnet::types::Family;
+
+use crate::cluster::forwarding;
+use crate::families::is_link_local;
 use crate::host::Neighbour;
 use crate::{Host, LabError, nexthops, services};
 
@@ -17,9 +20,10 @@ impl NodeState {
     pub async fn of(host: &Host) -> Result<Self, LabError> {
         let mut state = links_and_addresses(host).await?;
         state.0.extend(routes(host).await?.0);
-        if host.has_link(OVERLAY_DEVICE).await? {
+        let overlay = host.links().await?.into_iter().filter(|link| link.kind.as_deref() == Some("vxlan"));
+        for device in overlay.map(|link| link.name) {
             // The device may go while it is looked at: then what was seen of it is not the whole, and differs.
-            for part in [neighbours(host).await, fdb(host).await] {
+            for part in [neighbours(host, &device).await, fdb(host, &device).await] {
                 match part {
                     Ok(part) => state.0.extend(part.0),
                     Err(error) if error.is_absent() => {}
@@ -29,7 +33,14 @@ impl NodeState {
         }
         state.0.extend(tables(host)?.0);
         state.0.extend(nexthops::ids(host)?.iter().map(|id| format!("nexthop id {id}")));
-        state.0.insert(format!("sysctl net.ipv4.ip_forward {}", host.sysctl("net.ipv4.ip_forward")?));
+        for setting in Family::BOTH.map(forwarding) {
+            match host.sysctl(setting) {
+                Ok(value) => state.0.insert(format!("sysctl {setting} {value}")),
+                // A machine without IPv6.
+                Err(error) if error.is_absent() => false,
+                Err(error) => return Err(error),
+            };
+        }
         Ok(state)
     }
 
@@ -69,26 +80,31 @@ async fn links_and_addresses(host: &Host) -> Result<NodeState, LabError> {
             Err(error) if error.is_absent() => continue,
             Err(error) => return Err(error),
         };
-        lines.extend(addresses.iter().filter(|a| a.is_ipv4()).map(|a| format!("address {a} dev {}", link.name)));
+        let lasting = addresses.iter().filter(|address| !is_link_local(address.ip()));
+        lines.extend(lasting.map(|a| format!("address {a} dev {}", link.name)));
     }
     Ok(NodeState(lines))
 }
 
-/// The IPv4 routes of the main table. The id of a nexthop object is not compared: it is another after each repair.
+/// The routes of the main table, of both families. The id of a nexthop object is not compared: it is another after each repair.
 pub async fn routes(host: &Host) -> Result<NodeState, LabError> {
-    let routes = host.routes().await?.into_iter();
-    Ok(routes.map(|route| format!("route {}", crate::Route { nexthop_id: None, ..route })).collect())
+    let mut lines = BTreeSet::new();
+    for family in Family::BOTH {
+        let routes = host.routes_in(family).await?.into_iter();
+        lines.extend(routes.map(|route| format!("route {}", crate::Route { nexthop_id: None, ..route })));
+    }
+    Ok(NodeState(lines))
 }
 
-/// The permanent neighbours of the overlay's device.
-pub async fn neighbours(host: &Host) -> Result<NodeState, LabError> {
-    let all = host.neighbours(OVERLAY_DEVICE).await?;
-    Ok(all.iter().filter(|entry| entry.permanent).map(|entry| entry_line("neighbour", entry)).collect())
+/// The permanent neighbours of a device.
+pub async fn neighbours(host: &Host, device: &str) -> Result<NodeState, LabError> {
+    let all = host.neighbours(device).await?;
+    Ok(all.iter().filter(|entry| entry.permanent).map(|entry| entry_line("neighbour", entry, device)).collect())
 }
 
-/// The FDB of the overlay's device.
-pub async fn fdb(host: &Host) -> Result<NodeState, LabError> {
-    Ok(host.fdb(OVERLAY_DEVICE).await?.iter().map(|entry| entry_line("fdb", entry)).collect())
+/// The FDB of a device.
+pub async fn fdb(host: &Host, device: &str) -> Result<NodeState, LabError> {
+    Ok(host.fdb(device).await?.iter().map(|entry| entry_line("fdb", entry, device)).collect())
 }
 
 /// The nftables tables.
@@ -96,9 +112,9 @@ pub fn tables(host: &Host) -> Result<NodeState, LabError> {
     Ok(services::tables(host)?.into_iter().map(|name| format!("table {name}")).collect())
 }
 
-fn entry_line(what: &str, entry: &Neighbour) -> String {
+fn entry_line(what: &str, entry: &Neighbour, device: &str) -> String {
     let address = entry.address.map(|address| address.to_string()).unwrap_or_default();
-    format!("{what} {address} lladdr {} dev {OVERLAY_DEVICE}", entry.mac.map(mac).unwrap_or_default())
+    format!("{what} {address} lladdr {} dev {device}", entry.mac.map(mac).unwrap_or_default())
 }
 
 /// A link-layer address as people write it.

@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podnet::driver::NetworkNamespace;
-use podnet::status::Report;
+use podnet::status::{PeerCounts, Report};
 use podnet::subnet::memory::MemorySubnets;
 use podnet::{Overlay, Shutdown};
-use podnet_vxlan::Vxlan;
 use tokio::task::JoinHandle;
 
-use super::{DemoError, SERVICE_NETWORK};
+use super::{DemoBackend, DemoError, service_network};
 use crate::{LabError, Node};
 
 /// How long an overlay may take to become ready. Seen: some 10 ms.
@@ -28,25 +27,22 @@ pub struct PodNetwork {
 
 impl PodNetwork {
     /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
-    pub async fn start(node: &Node, subnets: &MemorySubnets) -> Result<Self, DemoError> {
+    pub async fn start(node: &Node, subnets: &MemorySubnets, backend: DemoBackend) -> Result<Self, DemoError> {
         let namespace = node
             .netns()
             .fd()
             .try_clone_to_owned()
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
-        let service_network =
-            SERVICE_NETWORK.parse().map_err(|e| LabError::Invalid(format!("{SERVICE_NETWORK}: {e}")))?;
-
-        let (overlay, runner) = podnet::Node::builder(node.name(), subnets.clone())
-            .backend(Vxlan::new())
-            .reserve(service_network, "the service network")
-            .network_namespace(NetworkNamespace::File(Arc::new(namespace)))
-            .build()
-            .map_err(fails)?
-            .start()
-            .await
-            .map_err(fails)?;
+        let mut builder = backend
+            .on(podnet::Node::builder(node.name(), subnets.clone()))
+            .network_namespace(NetworkNamespace::File(Arc::new(namespace)));
+        for family in node.addresses().families() {
+            let network = service_network(family);
+            let parsed = network.parse().map_err(|e| LabError::Invalid(format!("{network}: {e}")))?;
+            builder = builder.reserve(parsed, "the service network");
+        }
+        let (overlay, runner) = builder.build().map_err(fails)?.start().await.map_err(fails)?;
         Ok(Self { node: node.name().to_owned(), overlay, runner: tokio::spawn(runner) })
     }
 
@@ -60,11 +56,13 @@ impl PodNetwork {
         DemoError::Podnet { node: self.node.clone(), source }
     }
 
-    /// Waits until podnet says that this node is ready and that it has connected `peers` others; returns how long that took.
-    pub async fn wait_ready(&self, peers: usize) -> Result<Duration, DemoError> {
+    /// Waits until podnet says that this node is ready and that all of `peers` others are connected, or all of them unreachable; returns how long that
+    /// took.
+    pub async fn wait_ready(&self, peers: usize, reachable: bool) -> Result<Duration, DemoError> {
         let start = Instant::now();
         let mut status = self.overlay.status();
-        let ready = status.wait_for(|status| status.is_ready() && status.peers.connected == peers);
+        let counted = |counts: PeerCounts| if reachable { counts.connected } else { counts.unreachable };
+        let ready = status.wait_for(|status| status.is_ready() && counted(status.peers) == peers);
         match tokio::time::timeout(READY, ready).await {
             Ok(Ok(_)) => return Ok(start.elapsed()),
             Ok(Err(_)) => {

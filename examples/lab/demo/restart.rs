@@ -4,13 +4,13 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::try_join_all;
 use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::NodeState;
-use super::proofs::needs_two_nodes;
 use super::{Cluster, DemoError, Part, Seen, Stage};
-use crate::probe::{PingOptions, PingStream, SteadyStream};
+use crate::probe::{PingOptions, PingReport, PingStream, SteadyStream};
 
 /// Bytes a second of the TCP stream: full-size segments without end, but no more than a busy machine of two cores carries beside
 /// the pings. A stream that fills every queue would lose pings with no restart at all.
@@ -25,15 +25,20 @@ pub async fn all(cluster: &mut Cluster, stage: &mut Stage<'_>) {
 
 async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (near, far) = (cluster.first().pods().to_vec(), other.pods().to_vec());
     let host = cluster.first().host().clone();
     let before = NodeState::of(&host).await?;
     let every_millisecond = PingOptions { interval: Duration::from_millis(1), ..PingOptions::default() };
-    let out = PingStream::start(near[0].netns(), far[0].ip(), every_millisecond).await?;
-    let back = PingStream::start(far[0].netns(), near[0].ip(), every_millisecond).await?;
-    let stream = SteadyStream::start(near[1].netns(), far[1].netns(), far[1].ip(), Some(STREAM)).await?;
+    let (mut pings, mut streams) = (Vec::new(), Vec::new());
+    for family in cluster.spec().families.families() {
+        let (here, there) = (near[0].ip_in(family)?, far[0].ip_in(family)?);
+        pings.push(PingStream::start(near[0].netns(), there, every_millisecond).await?);
+        pings.push(PingStream::start(far[0].netns(), here, every_millisecond).await?);
+        let to = far[1].ip_in(family)?;
+        streams.push(SteadyStream::start(near[1].netns(), far[1].netns(), to, Some(STREAM)).await?);
+    }
 
     // Not a wait for a state: traffic has to run for some time to be measured.
     tokio::time::sleep(cluster.spec().restart_margin).await;
@@ -42,30 +47,35 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let down_ms = milliseconds(start.elapsed());
     tokio::time::sleep(cluster.spec().restart_margin).await;
 
-    let (out, back, stream) = (out.stop().await?, back.stop().await?, stream.stop().await?);
+    let pings = try_join_all(pings.into_iter().map(PingStream::stop)).await?;
+    let streams = try_join_all(streams.into_iter().map(SteadyStream::stop)).await?;
     restarted?;
     let network = &cluster.networks()[0];
     let plan = network.overlay().plan().await.map_err(|error| network.fails(error))?;
     let changes = NodeState::of(&host).await?.changes_since(&before);
 
-    let (sent, lost) = (out.sent + back.sent, out.lost + back.lost);
-    let stalled = stream.longest_stall_us >= u64::try_from(STALL.as_micros()).unwrap_or(u64::MAX);
-    let holds = lost == 0 && stream.broken.is_none() && !stalled && plan.is_empty() && changes.is_empty();
+    let sum = |of: fn(&PingReport) -> u64| pings.iter().map(of).sum::<u64>();
+    let (sent, lost) = (sum(|report| report.sent), sum(|report| report.lost));
+    let longest_stall_us = streams.iter().map(|stream| stream.longest_stall_us).max().unwrap_or_default();
+    let stalled = longest_stall_us >= u64::try_from(STALL.as_micros()).unwrap_or(u64::MAX);
+    let broken = streams.iter().find_map(|stream| stream.broken.as_deref());
+    let holds = lost == 0 && broken.is_none() && !stalled && plan.is_empty() && changes.is_empty();
     let text = format!(
-        "{lost} of {sent} pings, both ways, one a ms; TCP {} ({} MB, longest pause {:.0} ms)",
-        match (&stream.broken, stalled) {
+        "{lost} of {sent} pings, both ways{}, one a ms; TCP {} ({} MB, longest pause {:.0} ms)",
+        if streams.len() > 1 { " in both families" } else { "" },
+        match (broken, stalled) {
             (Some(why), _) => format!("broke: {why}"),
             (None, true) => "stalled".to_owned(),
             (None, false) => "never stopped".to_owned(),
         },
-        stream.bytes / 1_000_000,
-        stream.longest_stall_us as f64 / 1000.0,
+        streams.iter().map(|stream| stream.bytes).sum::<u64>() / 1_000_000,
+        longest_stall_us as f64 / 1000.0,
     );
     let mut details = vec![format!("podnet was back and ready after {down_ms:.0} ms, and found nothing to change")];
     if !plan.is_empty() || !changes.is_empty() {
         let steps = plan.steps().map(|step| format!("it would change: {step}"));
         details = steps.chain(changes).collect();
     }
-    let figures = json!({ "pings_sent": sent, "pings_lost": lost, "ready_again_ms": down_ms, "longest_ping_gap_us": out.longest_gap_us.max(back.longest_gap_us), "tcp": stream });
+    let figures = json!({ "pings_sent": sent, "pings_lost": lost, "ready_again_ms": down_ms, "longest_ping_gap_us": pings.iter().map(|report| report.longest_gap_us).max(), "tcp": streams });
     Ok(Seen::new(holds, text).details(details).figures(figures))
 }

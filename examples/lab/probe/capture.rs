@@ -3,12 +3,12 @@
 //! A packet socket (AF_PACKET), so nothing is changed on the interface. It keeps a bounded number of decoded frames and never their payload.
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use etherparse::{EtherType, IpNumber, LaxNetSlice, LaxSlicedPacket, LinkSlice, TransportSlice};
+use etherparse::{IpNumber, Ipv6ExtensionSlice, LaxNetSlice, LaxSlicedPacket, LinkSlice, TransportSlice};
 use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, sockopt};
 use serde::Serialize;
 use tokio::io::Interest;
@@ -24,6 +24,7 @@ const KEPT: usize = 65_536;
 /// PACKET_OUTGOING (if_packet.h).
 const OUTGOING: u8 = 4;
 const VXLAN_HEADER: usize = 8;
+const IPV6_HEADER: u16 = 40;
 /// flannel's port (Linux's default) and IANA's.
 const VXLAN_PORTS: [u16; 2] = [8472, 4789];
 
@@ -49,40 +50,42 @@ pub struct Frame {
     pub source_mac: [u8; 6],
     /// Destination link-layer address.
     pub destination_mac: [u8; 6],
-    /// Ethernet type: 0x0800 is IPv4.
+    /// Ethernet type: 0x0800 is IPv4, 0x86dd IPv6.
     pub ether_type: u16,
-    /// The IPv4 header, where there is one.
-    pub ipv4: Option<Ipv4Header>,
+    /// The IP header, where there is one.
+    pub ip: Option<IpHeader>,
     /// The UDP header, where there is one and the packet is whole: fragments are not looked into.
     pub udp: Option<UdpHeader>,
     /// What VXLAN carries, where the UDP destination port is 8472 or 4789.
     pub vxlan: Option<VxlanHeader>,
 }
 
-/// An IPv4 header.
+/// An IP header of either family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Ipv4Header {
+pub struct IpHeader {
     /// Source address.
-    pub source: Ipv4Addr,
+    pub source: IpAddr,
     /// Destination address.
-    pub destination: Ipv4Addr,
-    /// Protocol number: 1 ICMP, 6 TCP, 17 UDP.
+    pub destination: IpAddr,
+    /// Protocol number, after what IPv6 has of extension headers: 1 ICMP, 6 TCP, 17 UDP, 58 ICMPv6.
     pub protocol: u8,
     /// Length of the packet in bytes as the header says, header included.
     pub total_length: u16,
-    /// Don't-fragment flag.
+    /// Nobody on the way may make fragments of it: a flag in IPv4, always so in IPv6.
     pub dont_fragment: bool,
-    /// More-fragments flag.
-    pub more_fragments: bool,
-    /// Fragment offset in bytes.
-    pub fragment_offset: u16,
+    /// The packet is a part of a larger one (IPv6: it has a fragment header).
+    pub fragment: Option<Fragment>,
+    /// IPv6 extension headers, the fragment header among them. IPv4 has none.
+    pub extension_headers: u8,
 }
 
-impl Ipv4Header {
-    /// Whether this packet is a fragment of a larger one.
-    pub fn is_fragment(&self) -> bool {
-        self.more_fragments || self.fragment_offset > 0
-    }
+/// Which part of a packet a fragment is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fragment {
+    /// Offset in bytes.
+    pub offset: u16,
+    /// There is more after it.
+    pub more: bool,
 }
 
 /// A UDP header.
@@ -107,8 +110,8 @@ pub struct VxlanHeader {
     pub source_mac: [u8; 6],
     /// Destination link-layer address of the inner frame.
     pub destination_mac: [u8; 6],
-    /// The inner IPv4 header, where there is one.
-    pub ipv4: Option<Ipv4Header>,
+    /// The inner IP header, where there is one.
+    pub ip: Option<IpHeader>,
 }
 
 /// What was captured.
@@ -118,7 +121,7 @@ pub struct CaptureReport {
     pub frames: Vec<Frame>,
     /// Frames seen on the interface in all.
     pub seen: u64,
-    /// IPv4 fragments among all frames seen (of outer packets: what VXLAN carries is not looked at).
+    /// Fragments among all frames seen (of outer packets: what VXLAN carries is not looked at).
     pub fragments: u64,
 }
 
@@ -211,7 +214,7 @@ async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc
         };
         let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
         store.seen += 1;
-        store.fragments += u64::from(frame.ipv4.is_some_and(|header| header.is_fragment()));
+        store.fragments += u64::from(frame.ip.is_some_and(|header| header.fragment.is_some()));
         if wanted(&frame) {
             if store.frames.len() == KEPT {
                 store.frames.pop_front();
@@ -233,7 +236,7 @@ fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
         source_mac: ethernet.source(),
         destination_mac: ethernet.destination(),
         ether_type: ethernet.ether_type().0,
-        ipv4: ipv4_of(&packet),
+        ip: ip_of(&packet),
         udp: None,
         vxlan: None,
     };
@@ -265,35 +268,59 @@ fn vxlan_of(bytes: &[u8]) -> Option<VxlanHeader> {
         vni: u32::from_be_bytes([0, a, b, c]),
         source_mac: ethernet.source(),
         destination_mac: ethernet.destination(),
-        ipv4: ipv4_of(&packet),
+        ip: ip_of(&packet),
     })
 }
 
-fn ipv4_of(packet: &LaxSlicedPacket<'_>) -> Option<Ipv4Header> {
-    let Some(LaxNetSlice::Ipv4(slice)) = &packet.net else {
-        return None;
-    };
-    let header = slice.header();
-    Some(Ipv4Header {
-        source: header.source_addr(),
-        destination: header.destination_addr(),
-        protocol: header.protocol().0,
-        total_length: header.total_len(),
-        dont_fragment: header.dont_fragment(),
-        more_fragments: header.more_fragments(),
-        fragment_offset: header.fragments_offset().value().saturating_mul(8),
-    })
+fn ip_of(packet: &LaxSlicedPacket<'_>) -> Option<IpHeader> {
+    match packet.net.as_ref()? {
+        LaxNetSlice::Ipv4(slice) => {
+            let header = slice.header();
+            let offset = header.fragments_offset().value().saturating_mul(8);
+            let fragment = Fragment { offset, more: header.more_fragments() };
+            Some(IpHeader {
+                source: header.source_addr().into(),
+                destination: header.destination_addr().into(),
+                protocol: header.protocol().0,
+                total_length: header.total_len(),
+                dont_fragment: header.dont_fragment(),
+                fragment: (fragment.more || offset > 0).then_some(fragment),
+                extension_headers: 0,
+            })
+        }
+        LaxNetSlice::Ipv6(slice) => {
+            let header = slice.header();
+            let mut ip = IpHeader {
+                source: header.source_addr().into(),
+                destination: header.destination_addr().into(),
+                protocol: slice.payload().ip_number.0,
+                total_length: header.payload_length().saturating_add(IPV6_HEADER),
+                dont_fragment: true,
+                fragment: None,
+                extension_headers: 0,
+            };
+            for extension in slice.extensions().clone() {
+                ip.extension_headers += 1;
+                if let Ipv6ExtensionSlice::Fragment(header) = extension {
+                    let offset = header.fragment_offset().value().saturating_mul(8);
+                    ip.fragment = Some(Fragment { offset, more: header.more_fragments() });
+                }
+            }
+            Some(ip)
+        }
+        _ => None,
+    }
 }
 
 /// Names for readers of reports.
 impl Frame {
-    /// Whether this is an IPv4 frame.
-    pub fn is_ipv4(&self) -> bool {
-        self.ether_type == EtherType::IPV4.0
+    /// Whether this is an ICMP or ICMPv6 packet that is not inside VXLAN.
+    pub fn is_icmp(&self) -> bool {
+        self.ip.is_some_and(|header| [IpNumber::ICMP.0, IpNumber::IPV6_ICMP.0].contains(&header.protocol))
     }
 
-    /// Whether this is an ICMP packet that is not inside VXLAN.
-    pub fn is_icmp(&self) -> bool {
-        self.ipv4.is_some_and(|header| header.protocol == IpNumber::ICMP.0)
+    /// Whether this goes from one address to another, not inside VXLAN.
+    pub fn is_between(&self, source: IpAddr, destination: IpAddr) -> bool {
+        self.ip.is_some_and(|header| (header.source, header.destination) == (source, destination))
     }
 }

@@ -8,7 +8,7 @@ pub mod echo;
 pub mod ping;
 pub mod stream;
 
-pub use capture::{Capture, CaptureReport, Direction, Frame, Ipv4Header, UdpHeader, VxlanHeader};
+pub use capture::{Capture, CaptureReport, Direction, Fragment, Frame, IpHeader, UdpHeader, VxlanHeader};
 pub use dns::{DnsAnswer, DnsServer, dns_query};
 pub use echo::{EchoServer, Transport, seen_as};
 pub use ping::{PingOptions, PingReport, PingStream, TooBig, ping, ping_all};

@@ -1,14 +1,16 @@
 //! ICMP echo: round trips, packet sizes with and without the don't-fragment flag, and streams that count what is lost.
 //!
-//! Raw sockets, so that no setting of the machine (`ping_group_range`) matters. IPv4 so far. It never resolves names.
+//! Raw sockets, so that no setting of the machine (`ping_group_range`) matters. It never resolves names.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::{Ipv4PathMtuDiscovery, set_ip_mtu_discover};
+use nix::sys::socket::{setsockopt, sockopt};
+use podnet::types::Family;
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 use serde::Serialize;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::UdpSocket;
@@ -20,21 +22,42 @@ use crate::error::Context as _;
 use crate::netns::register;
 use crate::{LabError, Netns};
 
-const IPV4_HEADER: usize = 20;
 const ICMP_HEADER: usize = 8;
-const ECHO_REQUEST: u8 = 8;
-const ECHO_REPLY: u8 = 0;
-const UNREACHABLE: u8 = 3;
-const FRAGMENTATION_NEEDED: u8 = 4;
+
+/// What differs between ICMP (RFC 792) and ICMPv6 (RFC 4443).
+#[derive(Debug, Clone, Copy)]
+struct Dialect {
+    family: Family,
+    ip_header: usize,
+    echo_request: u8,
+    echo_reply: u8,
+    /// Type, and code where it matters, of the message that says that a packet is too big.
+    too_big: (u8, Option<u8>),
+}
+
+impl Dialect {
+    fn of(address: IpAddr) -> Self {
+        match Family::of(address) {
+            Family::V4 => {
+                Self { family: Family::V4, ip_header: 20, echo_request: 8, echo_reply: 0, too_big: (3, Some(4)) }
+            }
+            Family::V6 => {
+                Self { family: Family::V6, ip_header: 40, echo_request: 128, echo_reply: 129, too_big: (2, None) }
+            }
+        }
+    }
+}
+
 /// How long a packet may come after a later one. Long against any reordering in one machine.
 const REORDERED: Duration = Duration::from_millis(100);
 
 /// How to ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PingOptions {
-    /// Length of the whole IPv4 packet in bytes, 28 to 65535. Default 84, as ping(8) sends.
+    /// Length of the whole IP packet in bytes, 28 (IPv6: 48) to 65535. Default 84, as ping(8) sends over IPv4.
     pub ip_length: usize,
-    /// Sets the don't-fragment flag, and sends whatever path MTU the kernel has learned (IP_PMTUDISC_PROBE). Default false: fragments where needed.
+    /// Sends the packet whole, whatever path MTU the kernel has learned (IP_PMTUDISC_PROBE, for IPv6 with IPV6_DONTFRAG), over IPv4 with the don't-fragment
+    /// flag. Default false: fragments where needed (over IPv6 the sender alone makes them, by what it has learned of the path).
     pub dont_fragment: bool,
     /// Packets to send, at least 1. Default 1.
     pub count: u32,
@@ -60,9 +83,9 @@ impl Default for PingOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct TooBig {
     /// The router that said so; `None`: the sender's own interface.
-    pub by: Option<Ipv4Addr>,
+    pub by: Option<IpAddr>,
     /// The MTU that it named, in bytes; 0 where it named none.
-    pub mtu: u16,
+    pub mtu: u32,
 }
 
 /// What became of the packets.
@@ -183,6 +206,7 @@ impl PingStream {
 /// One socket and what is known of the packets that it sent.
 struct Pinger {
     socket: UdpSocket,
+    dialect: Dialect,
     to: SocketAddr,
     identifier: u16,
     payload: usize,
@@ -201,28 +225,39 @@ impl Pinger {
     fn open(from: &Netns, to: IpAddr, options: &PingOptions) -> Result<Self, LabError> {
         /// Each pinger has an identifier of its own: raw sockets see the answers to all of them.
         static NEXT: AtomicU16 = AtomicU16::new(1);
-        if !to.is_ipv4() {
-            return Err(LabError::Invalid(format!("the lab pings IPv4 addresses only, not {to}")));
-        }
-        let Some(payload) =
-            options.ip_length.checked_sub(IPV4_HEADER + ICMP_HEADER).filter(|_| options.ip_length <= 65535)
-        else {
-            return Err(LabError::Invalid(format!("a ping is 28 to 65535 bytes long, not {}", options.ip_length)));
+        let dialect = Dialect::of(to);
+        let headers = dialect.ip_header + ICMP_HEADER;
+        let Some(payload) = options.ip_length.checked_sub(headers).filter(|_| options.ip_length <= 65535) else {
+            return Err(LabError::Invalid(format!(
+                "an {} ping is {headers} to 65535 bytes long, not {}",
+                dialect.family, options.ip_length
+            )));
         };
         let dont_fragment = options.dont_fragment;
         let socket = from.open("opening a raw socket for pings (CAP_NET_RAW is needed)", || {
-            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+            let (domain, protocol) = match dialect.family {
+                Family::V4 => (Domain::IPV4, Protocol::ICMPV4),
+                Family::V6 => (Domain::IPV6, Protocol::ICMPV6),
+            };
+            let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
             socket.set_nonblocking(true)?;
             socket.set_recv_buffer_size(1 << 20)?;
-            // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
-            set_ip_mtu_discover(
-                &socket,
-                if dont_fragment { Ipv4PathMtuDiscovery::PROBE } else { Ipv4PathMtuDiscovery::DONT },
-            )?;
+            match dialect.family {
+                // DONT leaves the flag off and fragments; PROBE sets it and ignores what was learned about the path.
+                Family::V4 if dont_fragment => set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE)?,
+                Family::V4 => set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?,
+                // Here PROBE alone would make fragments of the interface's MTU.
+                Family::V6 if dont_fragment => {
+                    set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::PROBE)?;
+                    setsockopt(&socket, sockopt::Ipv6DontFrag, &true)?;
+                }
+                Family::V6 => {}
+            }
             Ok(socket)
         })?;
         Ok(Self {
             socket: register(socket.into()).context(|| "registering a socket with tokio".into())?,
+            dialect,
             to: SocketAddr::new(to, 0),
             identifier: NEXT.fetch_add(1, Ordering::Relaxed),
             payload,
@@ -246,7 +281,7 @@ impl Pinger {
 
     fn send(&mut self) -> Result<(), LabError> {
         let sequence = self.next as u16;
-        let packet = echo_request(self.identifier, sequence, self.payload);
+        let packet = echo_request(self.dialect, self.identifier, sequence, self.payload);
         self.next += 1;
         self.by_sequence.insert(sequence, self.sent.len() as u64);
         let now = Instant::now();
@@ -269,9 +304,10 @@ impl Pinger {
     async fn receive(&mut self) -> Result<(), LabError> {
         let mut buffer = [0_u8; 2048];
         loop {
-            match self.socket.recv(&mut buffer).await {
-                Ok(length) => {
-                    self.take(&buffer[..length], Instant::now());
+            // Of a raw socket of these families the addresses are Internet addresses, so that they may be read here.
+            match self.socket.recv_from(&mut buffer).await {
+                Ok((length, from)) => {
+                    self.take(&buffer[..length], from.ip(), Instant::now());
                     return Ok(());
                 }
                 // An error that the network reported about an earlier packet: that one is lost.
@@ -283,13 +319,20 @@ impl Pinger {
         }
     }
 
-    fn take(&mut self, packet: &[u8], now: Instant) {
-        let Some((source, icmp)) = split_ipv4(packet) else {
+    fn take(&mut self, packet: &[u8], source: IpAddr, now: Instant) {
+        // An IPv4 raw socket is given the IP header, an IPv6 one is not.
+        let icmp = match self.dialect.family {
+            Family::V4 => split_ipv4(packet),
+            Family::V6 => Some(packet),
+        };
+        let Some(&[kind, code, ..]) = icmp else {
             return;
         };
-        match (icmp.first(), icmp.get(1)) {
-            (Some(&ECHO_REPLY), _) if echo_identity(icmp).is_some_and(|(id, _)| id == self.identifier) => {
-                let Some((_, sequence)) = echo_identity(icmp) else {
+        let icmp = icmp.unwrap_or_default();
+        let (too_big, too_big_code) = self.dialect.too_big;
+        match kind {
+            kind if kind == self.dialect.echo_reply => {
+                let Some((_, sequence)) = echo_identity(icmp).filter(|(id, _)| *id == self.identifier) else {
                     return;
                 };
                 let Some(sent) = self.by_sequence.get(&sequence).and_then(|&index| self.sent.get_mut(index as usize))
@@ -310,15 +353,18 @@ impl Pinger {
                 }
                 self.last_answer = Some(now);
             }
-            (Some(&UNREACHABLE), Some(&FRAGMENTATION_NEEDED)) => {
-                // RFC 1191: the MTU is in bytes 6 and 7; then the start of the packet it is about.
-                let about = icmp.get(ICMP_HEADER..).and_then(split_ipv4).and_then(|(_, inner)| echo_identity(inner));
-                if let (Some((id, _)), Some(&[high, low])) = (about, icmp.get(6..8))
+            kind if kind == too_big && too_big_code.is_none_or(|wanted| wanted == code) => {
+                // The MTU is in bytes 6 and 7 (RFC 1191), or in bytes 4 to 7 (RFC 4443, where RFC 1191 has two that are zero); then the start of the packet it is
+                // about.
+                let about = icmp.get(ICMP_HEADER..).and_then(|packet| match self.dialect.family {
+                    Family::V4 => split_ipv4(packet),
+                    Family::V6 => packet.get(self.dialect.ip_header..),
+                });
+                if let (Some((id, _)), Some(&[a, b, c, d])) = (about.and_then(echo_identity), icmp.get(4..8))
                     && id == self.identifier
                 {
-                    self.report
-                        .too_big
-                        .get_or_insert(TooBig { by: Some(source), mtu: u16::from_be_bytes([high, low]) });
+                    let mtu = u32::from_be_bytes([a, b, c, d]);
+                    self.report.too_big.get_or_insert(TooBig { by: Some(source), mtu });
                 }
             }
             _ => {}
@@ -373,13 +419,16 @@ fn is_loss(error: &io::Error) -> bool {
         || error.raw_os_error().is_some_and(|code| losses.iter().any(|errno| errno.raw_os_error() == code))
 }
 
-fn echo_request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
+fn echo_request(dialect: Dialect, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
     let [id_high, id_low] = identifier.to_be_bytes();
     let [sequence_high, sequence_low] = sequence.to_be_bytes();
-    let mut packet = vec![ECHO_REQUEST, 0, 0, 0, id_high, id_low, sequence_high, sequence_low];
+    let mut packet = vec![dialect.echo_request, 0, 0, 0, id_high, id_low, sequence_high, sequence_low];
     packet.resize(ICMP_HEADER + payload, b'p');
-    let sum = checksum(&packet).to_be_bytes();
-    packet[2..4].copy_from_slice(&sum);
+    // ICMPv6's sum covers the IP addresses: the kernel makes it (RFC 3542, 3.1).
+    if dialect.family == Family::V4 {
+        let sum = checksum(&packet).to_be_bytes();
+        packet[2..4].copy_from_slice(&sum);
+    }
     packet
 }
 
@@ -393,11 +442,10 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Source address and content of an IPv4 packet.
-fn split_ipv4(packet: &[u8]) -> Option<(Ipv4Addr, &[u8])> {
+/// Content of an IPv4 packet.
+fn split_ipv4(packet: &[u8]) -> Option<&[u8]> {
     let header = usize::from(packet.first()? & 0x0f) * 4;
-    let source: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
-    Some((source.into(), packet.get(header..)?))
+    packet.get(header..)
 }
 
 /// Identifier and sequence number of an echo request or reply.

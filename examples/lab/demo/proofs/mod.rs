@@ -10,33 +10,54 @@ pub mod reach;
 mod throughput;
 mod wire;
 
-use super::{Cluster, DemoError, Part, Seen, Stage};
+use std::net::IpAddr;
+
+use super::{Cluster, Crossing, Part, Stage};
 use crate::probe::{PingOptions, ping};
+use crate::services::dns_service;
 use crate::{LabError, Netns};
 
 pub(crate) use masquerade::{PORT as ECHO_PORT, seen_outside};
 
-/// Shows all of it.
+/// Shows all of it, in each family of the cluster.
 pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
-    let node = cluster.lab().nodes().len();
-    stage.show(Part::Proof, "every pod reaches every pod", reach::every_pod(cluster)).await;
-    stage.show(Part::Proof, &format!("node {node}: interfaces"), node_view::interfaces(cluster)).await;
-    stage.show(Part::Proof, &format!("node {node}: routes"), node_view::routes(cluster)).await;
-    stage.show(Part::Proof, "docker0 and the default route", node_view::docker(cluster)).await;
-    stage.show(Part::Proof, "largest packet between nodes", packet_size::largest(cluster)).await;
-    stage.show(Part::Proof, "on the wire it is VXLAN", wire::is_vxlan(cluster)).await;
-    stage.show(Part::Proof, "TCP throughput", throughput::tcp(cluster)).await;
-    stage.show(Part::Proof, "pod to outside is masqueraded", masquerade::to_outside(cluster)).await;
-    stage.show(Part::Proof, "pod to pod is not", masquerade::between_pods(cluster)).await;
-    stage.show(Part::Proof, "DNS through 10.43.0.10", dns::resolves(cluster)).await;
-}
-
-/// What is said where a proof needs two nodes and there is one.
-pub(crate) fn needs_two_nodes() -> Result<Seen, DemoError> {
-    Ok(Seen::skipped("needs two nodes"))
+    let (part, node) = (Part::Proof, cluster.lab().nodes().len());
+    let families = || cluster.spec().families.families();
+    let named = |claim: &str, family| cluster.named(claim, family);
+    for family in families() {
+        match cluster.crossing() {
+            Crossing::Vxlan | Crossing::Plain => {
+                let claim = named("every pod reaches every pod", family);
+                stage.show(part, &claim, reach::every_pod(cluster, family)).await;
+            }
+            Crossing::Nowhere => {
+                let claim = named("no pod reaches another node's", family);
+                stage.show(part, &claim, reach::own_node_alone(cluster, family)).await;
+                stage.show(part, &named("podnet says why", family), reach::reasons(cluster, family)).await;
+            }
+        }
+    }
+    stage.show(part, &format!("node {node}: interfaces"), node_view::interfaces(cluster)).await;
+    for family in families() {
+        let claim = named(&format!("node {node}: routes"), family);
+        stage.show(part, &claim, node_view::routes(cluster, family)).await;
+    }
+    stage.show(part, "docker0 and the default route", node_view::docker(cluster)).await;
+    for family in families() {
+        let claim = named("largest packet between nodes", family);
+        stage.show(part, &claim, packet_size::largest(cluster, family)).await;
+        let claim = named(wire::claim(cluster), family);
+        stage.show(part, &claim, wire::crossing(cluster, family)).await;
+        stage.show(part, &named("TCP throughput", family), throughput::tcp(cluster, family)).await;
+        let claim = named("pod to outside is masqueraded", family);
+        stage.show(part, &claim, masquerade::to_outside(cluster, family)).await;
+        stage.show(part, &named("pod to pod is not", family), masquerade::between_pods(cluster, family)).await;
+        let claim = format!("DNS through {}", dns_service(family));
+        stage.show(part, &claim, dns::resolves(cluster, family)).await;
+    }
 }
 
 /// Whether a pod on the first node is answered by one on the last.
-pub(crate) async fn reaches(from: &Netns, to: std::net::Ipv4Addr) -> Result<bool, LabError> {
-    Ok(ping(from, to.into(), PingOptions::default()).await?.all_answered())
+pub(crate) async fn reaches(from: &Netns, to: IpAddr) -> Result<bool, LabError> {
+    Ok(ping(from, to, PingOptions::default()).await?.all_answered())
 }

@@ -3,12 +3,17 @@
 //! Compared exactly, but for the number of the route protocol and how gateways are stored, in which podnet differs from flannel on purpose.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
+use ipnetwork::IpNetwork;
+use podnet::driver::netlink::PROTOCOL;
+use podnet::types::Family;
 use serde_json::json;
 
-use crate::cluster::{DOCKER_BRIDGE, GATEWAY, UNDERLAY_INTERFACE};
+use crate::cluster::{DOCKER_ADDRESS, DOCKER_BRIDGE, UNDERLAY_INTERFACE, gateway, underlay_network};
 use crate::demo::cluster::count;
-use crate::demo::{Cluster, DemoError, OVERLAY_DEVICE, Seen};
+use crate::demo::{Cluster, DemoError, Seen};
+use crate::families::{is_link_local, nth};
 use crate::pods::BRIDGE;
 use crate::{LabError, Node, Route, Underlay};
 
@@ -19,25 +24,32 @@ fn last(cluster: &Cluster) -> Result<&Node, LabError> {
     cluster.lab().nodes().last().ok_or_else(|| LabError::Invalid("the lab has no nodes".to_owned()))
 }
 
-/// Names, addresses and MTUs; and what `flannel.1` is made with.
+/// Names, addresses and MTUs; and what the overlay's devices are made with.
 pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
-    let (host, subnet, address) = (node.host(), cluster.lab().spec().subnet(node.index()), node.address());
-    let (mtu, pod_mtu) = (cluster.lab().spec().mtu(), cluster.pod_mtu());
-    let node_prefix = match cluster.spec().underlay {
-        Underlay::Gcp => 32,
-        Underlay::Lan => 24,
-    };
-    let gateway = std::net::Ipv4Addr::from(u32::from(subnet.network()) + 1);
-    let expected = BTreeSet::from([
-        format!("{UNDERLAY_INTERFACE}  {address}/{node_prefix}  mtu {mtu} up"),
-        format!("{DOCKER_BRIDGE}  172.17.0.1/16  mtu 1500 up"),
-        format!("{BRIDGE}  {gateway}/24  mtu {pod_mtu} up"),
-        format!(
-            "{OVERLAY_DEVICE}  {}/32  mtu {pod_mtu} up  vxlan id 1 local {address} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning",
-            subnet.network()
-        ),
-    ]);
+    let (host, spec, backend) = (node.host(), cluster.lab().spec(), cluster.spec().backend);
+    let (mtu, pod_mtu) = (spec.mtu(), cluster.pod_mtu());
+    let (mut on_underlay, mut on_bridge, mut expected) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for family in spec.families() {
+        let (address, subnet) = (node.ip_in(family)?, spec.subnet(node.index(), family)?);
+        let whole = IpNetwork::from(address).prefix();
+        on_underlay.push(match spec.underlay {
+            Underlay::Gcp => format!("{address}/{whole}"),
+            Underlay::Lan => format!("{address}/{}", underlay_network(family).prefix()),
+        });
+        on_bridge.push(format!("{}/{}", nth(subnet, 1), subnet.prefix()));
+        if let Some(device) = backend.device(family) {
+            expected.insert(format!(
+                "{device}  {}/{whole}  mtu {} up  {}",
+                subnet.network(),
+                cluster.mtu_of(family),
+                backend.made_with(address),
+            ));
+        }
+    }
+    expected.insert(format!("{UNDERLAY_INTERFACE}  {}  mtu {mtu} up", on_underlay.join(" ")));
+    expected.insert(format!("{DOCKER_BRIDGE}  {DOCKER_ADDRESS}/16  mtu 1500 up"));
+    expected.insert(format!("{BRIDGE}  {}  mtu {pod_mtu} up", on_bridge.join(" ")));
 
     let mut found = Vec::new();
     for link in host.links().await? {
@@ -48,7 +60,8 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
             continue;
         }
         let addresses = host.addresses(&link.name).await?;
-        let addresses: Vec<_> = addresses.iter().filter(|a| a.is_ipv4()).map(ToString::to_string).collect();
+        let lasting = addresses.iter().filter(|address| !is_link_local(address.ip()));
+        let addresses: Vec<_> = lasting.map(ToString::to_string).collect();
         let up = if link.up { "up" } else { "down" };
         let mut line = format!("{}  {}  mtu {} {up}", link.name, addresses.join(" "), link.mtu);
         if link.kind.as_deref() == Some("vxlan") {
@@ -59,44 +72,73 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     Ok(compared(cluster, &expected, &found, found.clone(), "interface", ""))
 }
 
-/// The main table.
-pub async fn routes(cluster: &Cluster) -> Result<Seen, DemoError> {
+/// The main table of a family, without IPv6's link-local routes.
+pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
-    let (spec, address) = (cluster.lab().spec(), node.address());
-    let own = spec.subnet(node.index());
-    let mut expected = BTreeSet::from([
-        format!("default via {GATEWAY} dev {UNDERLAY_INTERFACE} proto dhcp src {address} metric 100"),
-        format!(
-            "{own} dev {BRIDGE} proto kernel scope link src {}",
-            std::net::Ipv4Addr::from(u32::from(own.network()) + 1)
-        ),
-        format!("172.17.0.0/16 dev {DOCKER_BRIDGE} proto kernel scope link src 172.17.0.1"),
-        match spec.underlay {
-            Underlay::Gcp => {
-                format!("{GATEWAY} dev {UNDERLAY_INTERFACE} proto dhcp scope link src {address} metric 100")
-            }
-            Underlay::Lan => {
-                format!("10.240.0.0/24 dev {UNDERLAY_INTERFACE} proto kernel scope link src {address}")
-            }
-        },
-    ]);
+    let (spec, backend, address) = (cluster.lab().spec(), cluster.spec().backend, node.ip_in(family)?);
+    let (own, gateway) = (spec.subnet(node.index(), family)?, gateway(family));
+    let mut expected = of_the_host(spec.underlay, address, gateway);
+    match family {
+        Family::V4 => {
+            expected.insert(format!("{own} dev {BRIDGE} proto kernel scope link src {}", nth(own, 1)));
+            expected.insert(format!("172.17.0.0/16 dev {DOCKER_BRIDGE} proto kernel scope link src {DOCKER_ADDRESS}"));
+        }
+        Family::V6 => {
+            expected.insert(format!("{own} dev {BRIDGE} proto kernel metric 256"));
+            // The kernel makes a route for every IPv6 address, however long its prefix.
+            let device = backend.device(family);
+            expected.extend(device.map(|device| format!("{} dev {device} proto kernel metric 256", own.network())));
+        }
+    }
     for peer in cluster.lab().nodes().iter().filter(|peer| peer.index() != node.index()) {
-        let subnet = spec.subnet(peer.index());
-        expected.insert(format!("{subnet} via {} dev {OVERLAY_DEVICE} onlink", subnet.network()));
+        let subnet = spec.subnet(peer.index(), family)?;
+        expected.extend(backend.route(spec.underlay, subnet, peer)?.map(|route| route.to_string()));
     }
 
-    let routes = node.host().routes().await?;
+    let routes = node.host().routes_in(family).await?;
     let shown: Vec<_> = routes.iter().map(ToString::to_string).collect();
     let found: Vec<_> = routes.into_iter().map(|route| as_flannel_writes(route).to_string()).collect();
     Ok(compared(cluster, &expected, &found, shown, "route", ", but for the protocol number"))
 }
 
+/// The routes of the host's own configuration.
+fn of_the_host(underlay: Underlay, address: IpAddr, gateway: IpAddr) -> BTreeSet<String> {
+    let network = underlay_network(Family::of(address));
+    let (origin, onto, on_link) = match address {
+        IpAddr::V4(_) => (
+            format!("src {address} metric 100"),
+            format!("proto dhcp scope link src {address} metric 100"),
+            format!("{network} dev {UNDERLAY_INTERFACE} proto kernel scope link src {address}"),
+        ),
+        IpAddr::V6(_) => (
+            format!("src {address} metric 1024"),
+            format!("proto static src {address} metric 1024"),
+            format!("{network} dev {UNDERLAY_INTERFACE} proto kernel metric 256"),
+        ),
+    };
+    let protocol = if address.is_ipv4() { "dhcp" } else { "static" };
+    let mut routes =
+        BTreeSet::from([format!("default via {gateway} dev {UNDERLAY_INTERFACE} proto {protocol} {origin}")]);
+    match underlay {
+        Underlay::Gcp => {
+            routes.insert(format!("{gateway} dev {UNDERLAY_INTERFACE} {onto}"));
+            if address.is_ipv6() {
+                routes.insert(format!("{address} dev {UNDERLAY_INTERFACE} proto kernel metric 256"));
+            }
+        }
+        Underlay::Lan => {
+            routes.insert(on_link);
+        }
+    }
+    routes
+}
+
 /// Our own routes with flannel's protocol, and with the gateway in the route itself.
 fn as_flannel_writes(route: Route) -> Route {
-    if route.device != OVERLAY_DEVICE {
-        return route;
+    match route.protocol {
+        PROTOCOL => Route { protocol: PROTOCOL_BOOT, nexthop_id: None, ..route },
+        _ => route,
     }
-    Route { protocol: PROTOCOL_BOOT, nexthop_id: None, ..route }
 }
 
 /// Shows the lines; what is missing or too many comes after them.

@@ -4,28 +4,29 @@
 
 use std::time::Duration;
 
+use podnet::types::Family;
 use serde_json::json;
 
-use super::needs_two_nodes;
 use crate::LabError;
 use crate::demo::{Cluster, DemoError, Seen};
 use crate::probe::{Capture, PingOptions, PingReport, ping};
 
-/// More than any pod MTU here, and what an image with an MTU of its own would have.
-const RAISED: u32 = 1500;
+/// How much the pod's own MTU is raised: more than the one byte that is tried.
+const RAISED_BY: u32 = 90;
 
-pub(super) async fn largest(cluster: &Cluster) -> Result<Seen, DemoError> {
+pub(super) async fn largest(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (node, mtu) = (cluster.first(), cluster.pod_mtu());
     let (pod, peer) = (&node.pods()[0], &other.pods()[0]);
     let capture = Capture::of(cluster.lab().fabric(), &cluster.lab().fabric_port(node.index()), |_| false).await?;
 
-    node.raise_pod_mtu(pod, RAISED).await?;
+    node.raise_pod_mtu(pod, mtu + RAISED_BY).await?;
     let tried = async {
-        let fits = whole(pod.netns(), peer.ip(), mtu).await?;
-        let too_long = whole(pod.netns(), peer.ip(), mtu + 1).await?;
+        let to = peer.ip_in(family)?;
+        let fits = whole(pod.netns(), to, mtu).await?;
+        let too_long = whole(pod.netns(), to, mtu + 1).await?;
         Ok::<_, LabError>((fits, too_long))
     };
     let tried = tried.await;
@@ -34,7 +35,7 @@ pub(super) async fn largest(cluster: &Cluster) -> Result<Seen, DemoError> {
 
     let fragments = capture.report().fragments;
     let named = too_long.too_big.map(|answer| answer.mtu);
-    let holds = fits.all_answered() && too_long.received == 0 && named == u16::try_from(mtu).ok() && fragments == 0;
+    let holds = fits.all_answered() && too_long.received == 0 && named == Some(mtu) && fragments == 0;
     let text = format!(
         "{mtu} bytes {}, {} {}; {fragments} fragments on the underlay",
         if fits.all_answered() { "pass" } else { "do not pass" },

@@ -2,29 +2,30 @@
 //!
 //! All of it is one machine's memory: the ratios say more than the figures. No ratio is a failure.
 
+use podnet::types::Family;
 use serde_json::json;
 
-use super::needs_two_nodes;
 use crate::demo::{Cluster, DemoError, Seen};
 use crate::probe::tcp_throughput;
 
 /// How often each is measured.
 const ROUNDS: u32 = 4;
 
-pub(super) async fn tcp(cluster: &Cluster) -> Result<Seen, DemoError> {
+pub(super) async fn tcp(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
-        return needs_two_nodes();
+        return cluster.cannot();
     };
     let (node, duration) = (cluster.first(), cluster.spec().throughput);
     let (pod, neighbour, far) = (&node.pods()[0], &node.pods()[1], &other.pods()[0]);
     let (mut underlay, mut one_node, mut across) = (0.0_f64, 0.0_f64, 0.0_f64);
     // In turn, and the best of each: what else the machine does then weighs on none of them alone.
+    let (node_to, far_to, near_to) = (other.ip_in(family)?, far.ip_in(family)?, neighbour.ip_in(family)?);
     for _ in 0..ROUNDS {
-        let figure = tcp_throughput(node.netns(), other.netns(), other.address().into(), duration / ROUNDS).await?;
+        let figure = tcp_throughput(node.netns(), other.netns(), node_to, duration / ROUNDS).await?;
         underlay = underlay.max(figure.gbit_per_s);
-        let figure = tcp_throughput(pod.netns(), far.netns(), far.ip(), duration / ROUNDS).await?;
+        let figure = tcp_throughput(pod.netns(), far.netns(), far_to, duration / ROUNDS).await?;
         across = across.max(figure.gbit_per_s);
-        let figure = tcp_throughput(pod.netns(), neighbour.netns(), neighbour.ip(), duration / ROUNDS).await?;
+        let figure = tcp_throughput(pod.netns(), neighbour.netns(), near_to, duration / ROUNDS).await?;
         one_node = one_node.max(figure.gbit_per_s);
     }
 

@@ -1,0 +1,136 @@
+//! The backends that the demo can show, and what each of them should look like: which devices, how many bytes, what is on the wire.
+//!
+//! This is the one place that knows them apart. To add one: a variant, and what the compiler then asks for. The figures are written down here by
+//! hand, and never asked of the backend: what it says of itself is what is judged.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use podnet::NodeBuilder;
+use podnet::types::Family;
+use podnet_host_gw::HostGw;
+use podnet_vxlan::Vxlan;
+use serde::Serialize;
+
+use crate::cluster::UNDERLAY_INTERFACE;
+use crate::{LabError, Node, Route, Underlay};
+
+/// A backend as the demo shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DemoBackend {
+    /// flannel's VXLAN: every packet between nodes is encapsulated.
+    Vxlan,
+    /// flannel's VXLAN with `DirectRouting`: packets between nodes of one layer 2 go as they are.
+    VxlanDirect,
+    /// flannel's host-gw: plain routes, so that all nodes must be on one layer 2.
+    HostGw,
+}
+
+/// How a pod's packet gets from one node to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crossing {
+    /// In VXLAN, from node to node.
+    Vxlan,
+    /// As the pod sent it, from the one node's Ethernet address to the other's.
+    Plain,
+    /// Not at all: podnet says of every peer that it is unreachable, and why.
+    Nowhere,
+}
+
+impl DemoBackend {
+    /// Gives it to a node.
+    pub(crate) fn on(self, builder: NodeBuilder) -> NodeBuilder {
+        match self {
+            DemoBackend::Vxlan => builder.backend(Vxlan::new()),
+            DemoBackend::VxlanDirect => builder.backend(Vxlan::new().direct_routing(true)),
+            DemoBackend::HostGw => builder.backend(HostGw::new()),
+        }
+    }
+
+    /// The `Backend` section of the cluster's configuration.
+    pub(crate) fn section(self) -> &'static str {
+        match self {
+            DemoBackend::Vxlan => r#"{"Type":"vxlan"}"#,
+            DemoBackend::VxlanDirect => r#"{"Type":"vxlan","DirectRouting":true}"#,
+            DemoBackend::HostGw => r#"{"Type":"host-gw"}"#,
+        }
+    }
+
+    /// The underlay that it is shown on unless another is asked for.
+    pub fn usual_underlay(self) -> Underlay {
+        match self {
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect => Underlay::Gcp,
+            DemoBackend::HostGw => Underlay::Lan,
+        }
+    }
+
+    /// How packets cross this underlay.
+    pub fn crossing(self, underlay: Underlay) -> Crossing {
+        match (self, underlay) {
+            (DemoBackend::Vxlan, Underlay::Gcp | Underlay::Lan) => Crossing::Vxlan,
+            (DemoBackend::VxlanDirect, Underlay::Gcp) => Crossing::Vxlan,
+            (DemoBackend::VxlanDirect | DemoBackend::HostGw, Underlay::Lan) => Crossing::Plain,
+            (DemoBackend::HostGw, Underlay::Gcp) => Crossing::Nowhere,
+        }
+    }
+
+    /// Its device for a family, where it has one.
+    pub fn device(self, family: Family) -> Option<&'static str> {
+        match (self, family) {
+            (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V4) => Some("flannel.1"),
+            (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V6) => Some("flannel-v6.1"),
+            (DemoBackend::HostGw, _) => None,
+        }
+    }
+
+    /// What its device is made with, as `ip -d link` shows it.
+    pub(crate) fn made_with(self, local: IpAddr) -> String {
+        match self {
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect => {
+                format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning")
+            }
+            DemoBackend::HostGw => String::new(),
+        }
+    }
+
+    /// How many bytes of the underlay's MTU it takes for itself.
+    pub fn overhead(self, family: Family) -> u32 {
+        match self {
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect => vxlan_overhead(family),
+            DemoBackend::HostGw => 0,
+        }
+    }
+
+    /// The route that a node should have to a peer's subnet, as flannel would write it: protocol boot. None where no way leads there.
+    pub(crate) fn route(self, underlay: Underlay, subnet: IpNetwork, peer: &Node) -> Result<Option<Route>, LabError> {
+        let family = Family::of(subnet.ip());
+        let route = match (self.crossing(underlay), self.device(family)) {
+            (Crossing::Vxlan, Some(device)) => Route::via(subnet, subnet.network(), device).onlink(),
+            (Crossing::Vxlan, None) => return Err(LabError::Invalid(format!("{self} has no device for {family}"))),
+            (Crossing::Plain, _) => Route::via(subnet, peer.ip_in(family)?, UNDERLAY_INTERFACE),
+            (Crossing::Nowhere, _) => return Ok(None),
+        };
+        // The metric that the kernel gives to IPv6 routes.
+        Ok(Some(Route { metric: (family == Family::V6).then_some(1024), ..route }))
+    }
+}
+
+impl fmt::Display for DemoBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DemoBackend::Vxlan => "VXLAN",
+            DemoBackend::VxlanDirect => "VXLAN with direct routing",
+            DemoBackend::HostGw => "host-gw",
+        })
+    }
+}
+
+/// Ethernet 14, VXLAN 8, UDP 8, and the outer IP header: 20 or 40.
+pub(crate) fn vxlan_overhead(family: Family) -> u32 {
+    match family {
+        Family::V4 => 50,
+        Family::V6 => 70,
+    }
+}
