@@ -17,7 +17,7 @@ use podnet::types::{Family, Stack};
 use podnet::{Node, NodeBuilder, Shutdown};
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Host, Lab, LabSpec, Netns, Pod, wait_until};
-use podnet_tests::real::eye::Eye;
+use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::{assert_same, connected, heals, namespace, turn};
 use podnet_tests::{Running, name, spawn};
 use podnet_tun_udp::{DEVICE, KIND, PORT, Traffic, TunUdp};
@@ -76,6 +76,14 @@ impl Cluster {
 
     fn eye(&self, index: usize) -> Eye {
         Eye::on(self.netns(index))
+    }
+
+    /// All of a node's namespace, once podnet runs there: the kernel brings what belongs to an IPv6 address a moment later.
+    fn settled(&self, index: usize) -> Dump {
+        let eye = self.eye(index);
+        let own = self.lab.spec().subnet(index, Family::V6).unwrap().network();
+        eye.until_has(&[&format!("route {own}/128"), "table 255 Local", DEVICE]);
+        eye.settled()
     }
 
     fn backend(&self, index: usize) -> TunUdp {
@@ -157,7 +165,7 @@ async fn pods_of_three_nodes_talk_in_both_families_through_a_device_served_in_us
     let (running, backends) = cluster.start_all().await;
     cluster.assert_pods_talk().await;
 
-    let now = eye.settled();
+    let now = cluster.settled(0);
     for parts in [
         &["link podnet-udp0 up", "Mtu(1412)"][..],
         &["address dev podnet-udp0 /32", "10.42.0.0"],
@@ -190,6 +198,7 @@ async fn whatever_befalls_the_device_is_repaired_within_a_second_and_pods_talk_a
     let cluster = Cluster::of(2).await;
     let (running, _backends) = cluster.start_all().await;
     let (host, eye) = (cluster.host(0), cluster.eye(0));
+    cluster.settled(0);
 
     heals(&eye, &running[0], async { host.delete_link(DEVICE).await.unwrap() }).await;
     cluster.assert_pods_talk().await;
@@ -218,7 +227,7 @@ async fn a_peer_that_left_is_sent_nothing_and_is_believed_nothing() {
     let cluster = Cluster::of(3).await;
     let (running, backends) = cluster.start_all().await;
     cluster.assert_pods_talk().await;
-    let (before, forged) = (cluster.eye(0).settled(), backends[0].traffic().forged);
+    let (before, forged) = (cluster.settled(0), backends[0].traffic().forged);
 
     // Node 0 alone hears that node 2 has left; node 2 goes on sending.
     cluster.stores[0].faults().revoke(&name(cluster.lab.nodes()[2].name()));
@@ -235,7 +244,7 @@ async fn a_peer_that_left_is_sent_nothing_and_is_believed_nothing() {
     cluster.stores[0].faults().inject(lease(&cluster.lab, 2));
     running[0].until(connected(2)).await;
     cluster.assert_pods_talk().await;
-    assert_same(&before, &cluster.eye(0).settled());
+    assert_same(&before, &cluster.settled(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -244,13 +253,13 @@ async fn what_a_restart_finds_is_taken_over_and_whoever_keeps_the_backend_keeps_
         return;
     }
     let cluster = Cluster::of(2).await;
-    let (host, eye) = (cluster.host(0), cluster.eye(0));
+    let host = cluster.host(0);
     let other = cluster.backend(1);
     let _other = cluster.start(1, &other).await;
     let backend = cluster.backend(0);
     let running = cluster.start(0, &backend).await;
     cluster.assert_pods_talk().await;
-    let (whole, index) = (eye.settled(), host.link(DEVICE).await.unwrap().index);
+    let (whole, index) = (cluster.settled(0), host.link(DEVICE).await.unwrap().index);
 
     // The data plane is the driver's, and lives as long as the backend: pods talk although no overlay runs.
     running.overlay.shutdown(Shutdown::Keep).await.unwrap();
@@ -258,7 +267,7 @@ async fn what_a_restart_finds_is_taken_over_and_whoever_keeps_the_backend_keeps_
     cluster.assert_pods_talk().await;
     let running = cluster.start(0, &backend).await;
     assert_eq!(running.steps(), 0, "it finds all as it should be, the peers too");
-    assert_same(&whole, &eye.settled());
+    assert_same(&whole, &cluster.settled(0));
 
     // Killed, and nobody keeps the backend: the device stays with all that is on it, but nobody serves it.
     drop(backend);
@@ -268,7 +277,7 @@ async fn what_a_restart_finds_is_taken_over_and_whoever_keeps_the_backend_keeps_
     let running = cluster.start(0, &cluster.backend(0)).await;
     cluster.assert_pods_talk().await;
     assert_eq!(host.link(DEVICE).await.unwrap().index, index, "the same device");
-    assert_same(&whole, &eye.settled());
+    assert_same(&whole, &cluster.settled(0));
     let status = running.overlay.status().borrow().clone();
     // The device's service and the two halves of one peer: the kernel held all the rest.
     assert_eq!(status.counters.steps, 3, "{status}");

@@ -29,7 +29,7 @@ pub struct Traffic {
     pub sent: u64,
     /// Taken from peers.
     pub received: u64,
-    /// From this node, dropped: no peer has the destination.
+    /// From this node, dropped: no peer has the destination. Some are the kernel's own, which joins multicast groups on every device.
     pub unroutable: u64,
     /// From the underlay, dropped: the sender is not the peer whose pod the source is, the destination is not one of this node's pods, or
     /// it is no IP packet.
