@@ -9,26 +9,19 @@
 
 use std::net::Ipv4Addr;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
 
 use netlink_packet_route::neighbour::NeighbourFlags;
-use podnet::config::NetworkConfig;
+use podnet::Shutdown;
 use podnet::driver::Driver;
-use podnet::status::Status;
-use podnet::subnet::memory::MemorySubnets;
-use podnet::types::Stack;
-use podnet::underlay::UnderlayChoice;
-use podnet::{HostSetting, Node, Overlay, Shutdown};
 use podnet_benches::Trouble;
-use podnet_benches::bed::{self, Bed, Routes, UNDERLAY};
+use podnet_benches::bed::{self, Bed, Routes};
 use podnet_benches::figures::{COLUMNS, Cost, Samples, Start};
-use podnet_benches::peers::{NETWORK, OWN_SUBNET, Peer, peers};
+use podnet_benches::peers::{Peer, peers};
 use podnet_benches::raw::{ALL_GROUPS, Prebuilt, Raw};
+use podnet_benches::running::{Running, store};
 use podnet_benches::stamped::Stamped;
 use podnet_vxlan::Vxlan;
 use rtnetlink::RouteMessageBuilder;
-use tokio::task::JoinHandle;
 
 const HELP: &str = "\
 Options, after `--`:
@@ -47,10 +40,6 @@ const SINGLE_LIMIT: f64 = 7.0;
 /// From so many peers on the aim against one request at a time holds: below, the kernel's hash chain is short.
 const SINGLE_FROM: u16 = 10_000;
 
-/// How long anything may take.
-const DEADLINE: Duration = Duration::from_secs(300);
-/// The name of this node.
-const NODE: &str = "rke-52b280-0";
 /// Peers that are added one by one.
 const EVENTS: u16 = 20;
 
@@ -138,7 +127,7 @@ async fn measure(count: u16, options: &Options) -> Result<Vec<String>, Trouble> 
     let beds =
         [Bed::new("floor").await?, Bed::new("driver").await?, Bed::new("node").await?, Bed::new("single").await?];
     let [floor_bed, driver_bed, node_bed, single_bed] = &beds;
-    let store = store(&peers)?;
+    let store = store(peers.iter().map(|peer| peer.lease()))?;
     let many = if peers.len() > 256 { Routes::Objects } else { Routes::Plain };
     let [mut floor, mut driver, mut node, mut ready, mut removal, mut single] = [const { Samples::new() }; 6];
     // The first round warms the kernel's tables up, which grow and never shrink, and does not count.
@@ -159,7 +148,7 @@ async fn measure(count: u16, options: &Options) -> Result<Vec<String>, Trouble> 
         driver_bed.clear().await?;
         add(&mut driver, took);
 
-        let running = Running::start(node_bed, &store).await?;
+        let running = Running::start(node_bed, &store, Vxlan::new()).await?;
         running.connected(peers.len()).await?;
         let (from_snapshot, from_start) = running.took()?;
         node_bed.verify(&peers, many).await?;
@@ -218,7 +207,7 @@ async fn measure(count: u16, options: &Options) -> Result<Vec<String>, Trouble> 
 
 /// What a running node does later: the full check, one event, a restart.
 async fn later(bed: &Bed, stamped: &Stamped, peers: &[Peer], many: Routes, rounds: usize) -> Result<(), Trouble> {
-    let running = Running::start(bed, stamped).await?;
+    let running = Running::start(bed, stamped, Vxlan::new()).await?;
     running.connected(peers.len()).await?;
 
     let reader = podnet::driver::netlink::NetlinkDriver::open(&bed.namespace()?)?;
@@ -265,7 +254,7 @@ async fn later(bed: &Bed, stamped: &Stamped, peers: &[Peer], many: Routes, round
     let mut restart = Samples::default();
     let mut monitor = Raw::member(&bed.host, &ALL_GROUPS)?;
     for round in 1..=rounds {
-        let running = Running::start(bed, stamped).await?;
+        let running = Running::start(bed, stamped, Vxlan::new()).await?;
         running.connected(last).await?;
         restart.add(running.took()?.1);
         let (steps, announced) = (running.status().counters.steps, monitor.announced()?);
@@ -314,76 +303,6 @@ async fn program_single(bed: &Bed, peers: &[Peer]) -> Result<Cost, Trouble> {
     Ok(begun.cost())
 }
 
-/// A store in which all of these hold leases, and this node's subnet is assigned.
-fn store(peers: &[Peer]) -> Result<Stamped, Trouble> {
-    let store = MemorySubnets::assigned(NetworkConfig::new(Stack::V4(NETWORK.parse()?))?);
-    store.assign(&NODE.parse()?, Stack::V4(OWN_SUBNET.parse()?));
-    for peer in peers {
-        store.faults().inject(peer.lease()?);
-    }
-    Ok(Stamped::new(store))
-}
-
-/// A node at work.
-struct Running {
-    overlay: Arc<dyn Overlay>,
-    task: JoinHandle<()>,
-    stamped: Stamped,
-    begun: Start,
-    ended: std::cell::Cell<Option<Start>>,
-}
-
-impl Running {
-    async fn start(bed: &Bed, stamped: &Stamped) -> Result<Self, Trouble> {
-        let node = Node::builder(NODE, stamped.clone())
-            .backend(Vxlan::new())
-            .underlay(UnderlayChoice::Device(UNDERLAY.parse()?))
-            .network_namespace(bed.namespace()?)
-            .bridge_netfilter(HostSetting::Ignore)
-            .build()?;
-        let begun = Start::now();
-        let (overlay, runner) = node.start().await?;
-        let task = tokio::spawn(runner);
-        Ok(Running { overlay, task, stamped: stamped.clone(), begun, ended: std::cell::Cell::new(None) })
-    }
-
-    fn status(&self) -> Arc<Status> {
-        Arc::clone(&self.overlay.status().borrow())
-    }
-
-    /// Waits until this many peers, and no others, are in the kernel, and the node is ready.
-    async fn connected(&self, count: usize) -> Result<(), Trouble> {
-        let mut status = self.overlay.status();
-        let reached = |s: &Arc<Status>| s.peers.connected == count && s.peers.total == count;
-        let waited = tokio::time::timeout(DEADLINE, status.wait_for(reached)).await.is_ok_and(|s| s.is_ok());
-        self.ended.set(Some(Start::now()));
-        if !waited {
-            return Err(format!("{count} peers did not connect:\n{}", self.status()).into());
-        }
-        if !tokio::time::timeout(DEADLINE, status.wait_for(|s| s.is_ready())).await.is_ok_and(|s| s.is_ok()) {
-            return Err(format!("the node did not become ready:\n{}", self.status()).into());
-        }
-        Ok(())
-    }
-
-    /// How long it took from the snapshot, and from the start, until the peers were connected.
-    fn took(&self) -> Result<(Cost, Cost), Trouble> {
-        let ended = self.ended.get().ok_or("nothing was waited for")?;
-        let snapshot = self.stamped.snapshot().ok_or("there was no snapshot")?;
-        Ok((ended.since(snapshot), ended.since(self.begun)))
-    }
-
-    async fn stop(self, how: Shutdown) -> Result<(), Trouble> {
-        let report = self.overlay.shutdown(how).await?;
-        self.task.await?;
-        if report.is_clean() {
-            Ok(())
-        } else {
-            Err(format!("the node did not end cleanly: {:?}", report.failed).into())
-        }
-    }
-}
-
 /// Measures in a process of its own, whose highest memory is that of one node alone.
 fn memory_of(count: u16) -> Result<(), Trouble> {
     let out = std::process::Command::new(std::env::current_exe()?)
@@ -400,9 +319,9 @@ fn memory_of(count: u16) -> Result<(), Trouble> {
 async fn memory(count: u16) -> Result<(), Trouble> {
     let peers: Vec<Peer> = peers(count).collect();
     let bed = Bed::new("memory").await?;
-    let stamped = store(&peers)?;
+    let stamped = store(peers.iter().map(|peer| peer.lease()))?;
     let before = resident("VmRSS")?;
-    let running = Running::start(&bed, &stamped).await?;
+    let running = Running::start(&bed, &stamped, Vxlan::new()).await?;
     running.connected(peers.len()).await?;
     let (peak, after) = (resident("VmHWM")?, resident("VmRSS")?);
     let bytes = f64::from(peak.saturating_sub(before)) * 1024.0 / f64::from(count);

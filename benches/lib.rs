@@ -5,6 +5,7 @@ pub mod bed;
 pub mod figures;
 pub mod peers;
 pub mod raw;
+pub mod running;
 pub mod stamped;
 
 /// Any trouble ends a measurement: a figure from a state that is not right is worse than none.

@@ -122,7 +122,9 @@ pub enum SubnetError {
         reason: String,
     },
     /// No subnet has been assigned to this node yet. A retry can help.
-    #[error("node {node} has no subnet yet: it waits until one is assigned (in Kubernetes: spec.podCIDR)")]
+    #[error(
+        "node {node} has no subnet yet: it waits until one is assigned (in Kubernetes: spec.podCIDR; in a file: its entry under nodes)"
+    )]
     NotAssigned {
         /// The node.
         node: NodeName,
