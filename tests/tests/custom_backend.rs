@@ -6,10 +6,14 @@
 
 use std::fs::OpenOptions;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use etherparse::PacketBuilder;
+use futures::StreamExt;
+use podnet::backend::Backend;
 use podnet::config::NetworkConfig;
+use podnet::driver::{Change, Scope};
 use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
 use podnet::status::Status;
 use podnet::subnet::memory::MemorySubnets;
@@ -60,6 +64,17 @@ impl Cluster {
             store
         });
         Cluster { stores: stores.collect(), lab, _turn: turn }
+    }
+
+    /// Nodes that tell each other by one store how they are reached.
+    async fn sharing(nodes: usize) -> Cluster {
+        let mut cluster = Cluster::of(nodes).await;
+        let shared = MemorySubnets::assigned(NetworkConfig::new(cluster.lab.spec().networks).unwrap());
+        for node in cluster.lab.nodes() {
+            shared.assign(&name(node.name()), cluster.lab.spec().subnets(node.index()));
+        }
+        cluster.stores = vec![shared; nodes];
+        cluster
     }
 
     fn host(&self, index: usize) -> &Host {
@@ -175,7 +190,8 @@ async fn pods_of_three_nodes_talk_in_both_families_through_a_device_served_in_us
     ] {
         assert!(now.has(parts), "{parts:?} is missing: {}", before.difference(&now));
     }
-    assert!(now.with(&[DEVICE, "fe80"]).is_empty(), "nobody needs a link-local address there");
+    let addresses = cluster.host(0).addresses(DEVICE).await.unwrap();
+    assert_eq!(addresses.len(), 2, "nobody needs a link-local address there: {addresses:?}");
     assert_eq!(running[0].overlay.status().borrow().pod_mtu.unwrap().bytes(), 1412, "1460 less 48, for both families");
     for backend in &backends {
         let traffic = backend.traffic();
@@ -217,6 +233,50 @@ async fn whatever_befalls_the_device_is_repaired_within_a_second_and_pods_talk_a
     .await;
     assert!(!host.has_link("elsewhere").await.unwrap());
     cluster.assert_pods_talk().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_learn_from_leases_on_which_port_each_listens_and_follow_one_that_moves() {
+    if skipped("ports") {
+        return;
+    }
+    let cluster = Cluster::sharing(2).await;
+    let port = |number| NonZeroU16::new(number).unwrap();
+    let backends = [cluster.backend(0).port(port(4001)), cluster.backend(1).port(port(4002))];
+    let first = spawn(cluster.builder(0, &backends[0])).await;
+    let other = cluster.start(1, &backends[1]).await;
+    first.until(connected(1)).await;
+    cluster.assert_pods_talk().await;
+
+    let index = cluster.host(0).link(DEVICE).await.unwrap().index;
+    first.overlay.shutdown(Shutdown::Keep).await.unwrap();
+    drop(first);
+    let moved = backends[0].clone().port(port(4003));
+    let steps = other.steps();
+    let _again = cluster.start(0, &moved).await;
+    // The device goes on, and the peer hears of the new port.
+    assert_eq!(cluster.host(0).link(DEVICE).await.unwrap().index, index);
+    eventually("the peer followed", || other.steps() == steps + 2).await;
+    cluster.assert_pods_talk().await;
+    assert_eq!(moved.traffic().forged, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_driver_hints_by_itself_when_its_data_plane_breaks() {
+    if skipped("hints") {
+        return;
+    }
+    let cluster = Cluster::of(2).await;
+    let backend = cluster.backend(0);
+    let running = cluster.start(0, &backend).await;
+    let driver = backend.driver().unwrap();
+    let mut hints = driver.changes(&Scope::new(cluster.lab.spec().networks)).await.unwrap();
+    assert!(futures::poll!(hints.next()).is_pending(), "it is quiet while all is well");
+    // Nobody is left who would repair it.
+    running.abort().await;
+    cluster.host(0).delete_link(DEVICE).await.unwrap();
+    let hint = tokio::time::timeout(PATIENCE, hints.next()).await.unwrap();
+    assert_eq!(hint, Some(Change::Domain(driver.domain())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -377,7 +437,12 @@ async fn what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone_the_node
     let with_bridge = eye.settled();
 
     let running = spawn(cluster.builder(0, &cluster.backend(0))).await;
-    let named = |status: &Status| status.conflicts.iter().any(|c| c.to_string().contains("link podnet-udp0 (bridge"));
+    let named = |status: &Status| {
+        let texts = status.conflicts.iter().map(ToString::to_string);
+        texts
+            .into_iter()
+            .any(|text| text.starts_with("tun-udp device podnet-udp0: link podnet-udp0 (bridge, no alias)"))
+    };
     let status = running.until(named).await;
     assert!(!status.is_ready(), "{status}");
     assert_eq!(with_bridge.with(&[DEVICE]), eye.settled().with(&[DEVICE]), "it is as it was");
