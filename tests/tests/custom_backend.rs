@@ -5,6 +5,7 @@
 //! Where this user may not open `/dev/net/tun`, each test says so and shows nothing.
 
 use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::time::Duration;
@@ -31,12 +32,12 @@ use tokio::sync::SemaphorePermit;
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Why nothing can be shown here, if so.
+/// Whether nothing can be shown here; it says why, past libtest, which would swallow it.
 fn skipped(test: &str) -> bool {
     match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => false,
         Err(error) => {
-            println!("skipped: {test}: /dev/net/tun cannot be opened: {error}");
+            writeln!(std::io::stderr(), "skipped: {test}: /dev/net/tun cannot be opened: {error}").unwrap();
             true
         }
     }
