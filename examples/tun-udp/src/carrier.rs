@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use podnet::driver::{DriverError, NetworkNamespace};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -19,6 +20,8 @@ use crate::object::Service;
 use crate::packet;
 use crate::peers::Peers;
 
+/// What a socket holds while its task is not running, in bytes; the system may give less. Packets come in bursts, and what does not fit is lost.
+const RECEIVE_BUFFER: usize = 4 << 20;
 /// The largest IP packet.
 const LARGEST: usize = 65_535;
 
@@ -109,6 +112,10 @@ impl Sockets {
             let bound = namespace.run(move || {
                 let socket = StdSocket::bind(address)?;
                 socket.set_nonblocking(true)?;
+                // Beyond the system's limit only with CAP_NET_ADMIN in the first user namespace.
+                if set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).is_err() {
+                    set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER)?;
+                }
                 Ok(socket)
             });
             let bound = bound.map_err(|error| match error.kind() {
