@@ -12,12 +12,12 @@ use podnet::backend::{
 use podnet::driver::{Driver, NetworkNamespace};
 use podnet::lease::{BackendData, BackendKind, Endpoint};
 use podnet::plan::{Address, NextHop, Object, Route};
-use podnet::types::{DeviceName, Family, Mtu, Stack};
+use podnet::types::{DeviceName, Family, Mtu};
 use serde::{Deserialize, Serialize};
 
 use crate::carrier::Traffic;
 use crate::driver::TunUdpDriver;
-use crate::object::{Item, Peer, Service, Tunnel};
+use crate::object::{Item, Listener, Peer, Tunnel};
 
 /// The name of the backend in leases.
 pub const KIND: BackendKind = BackendKind::of("tun-udp");
@@ -85,31 +85,13 @@ impl TunUdp {
 
     /// The device as both families want it: equal whichever of them asks, since it follows from the view alone.
     fn tunnel(&self, view: &NodeView) -> Result<Tunnel, BackendError> {
-        let served = |family: &Family| view.offer.endpoint(*family).is_some();
         let mut least: Option<Mtu> = None;
-        for family in Family::BOTH.into_iter().filter(served) {
+        for family in view.offer.endpoints.families() {
             let mtu = self.inner_mtu(&view.underlay, family)?;
             least = Some(least.map_or(mtu, |least| least.min(mtu)));
         }
-        let missing = |what: &str| refuse(format!("this node has no {what} in a family that it offers"));
-        // The addresses that packets leave with and come to; the public ones of the offer may be those of a NAT.
-        let local = Stack::from_halves(
-            view.underlay.addresses.v4().filter(|_| served(&Family::V4)).copied(),
-            view.underlay.addresses.v6().filter(|_| served(&Family::V6)).copied(),
-        );
-        let subnets = Stack::from_halves(
-            view.subnets.v4().filter(|_| served(&Family::V4)).copied(),
-            view.subnets.v6().filter(|_| served(&Family::V6)).copied(),
-        );
-        Ok(Tunnel {
-            mtu: least.ok_or_else(|| missing("endpoint"))?,
-            up: true,
-            service: Some(Service {
-                port: self.port,
-                local: local.ok_or_else(|| missing("address on the underlay"))?,
-                subnets: subnets.ok_or_else(|| missing("subnet"))?,
-            }),
-        })
+        let mtu = least.ok_or_else(|| refuse("this node offers nothing".to_owned()))?;
+        Ok(Tunnel { mtu, up: true, served: true })
     }
 }
 
@@ -143,20 +125,26 @@ impl Backend for TunUdp {
 
     /// Nothing beside the address, which admission keeps to one node.
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
-        endpoint.data.decode::<OfferData>().map(|_| Vec::new()).map_err(|e| e.to_string())
+        read(endpoint).map(|_| Vec::new())
     }
 
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
-        let subnet = view.subnet(family).ok_or_else(|| refuse(format!("this node has no {family} subnet")))?;
+        let missing = |what: &str| refuse(format!("this node has no {family} {what}"));
+        let subnet = view.subnet(family).ok_or_else(|| missing("subnet"))?;
+        // Where packets leave and come to; the public address of the offer may be that of a NAT.
+        let local = view.underlay.address(family).ok_or_else(|| missing("address on the underlay"))?;
+        let address = SocketAddr::new(local, self.port.get());
         Ok(vec![
             Item::Device(device(), self.tunnel(view)?).object(),
+            // One a family, so that neither waits for the other's address.
+            Item::Listener(family, Listener { address, subnet }).object(),
             // With it the node itself speaks to pods of others, as a member of its own subnet.
             Object::Address(Address { device: device(), address: IpNetwork::from(subnet.network()) }),
         ])
     }
 
     fn peer(&self, _: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
-        let data: OfferData = peer.endpoint.data.decode().map_err(|e| Unreachable { reason: e.to_string() })?;
+        let data = read(&peer.endpoint).map_err(|reason| Unreachable { reason })?;
         let endpoint = SocketAddr::new(peer.endpoint.public_ip, data.port.get());
         Ok(vec![
             Item::Peer(peer.subnet, Peer { endpoint }).object(),
@@ -171,6 +159,13 @@ impl Backend for TunUdp {
     fn driver(&self) -> Option<Arc<dyn Driver>> {
         Some(Arc::clone(&self.driver) as Arc<dyn Driver>)
     }
+}
+
+/// What a peer published, or why it is refused: in few words, since the decoder quotes what it did not like, and that is the peer's to
+/// choose.
+fn read(endpoint: &Endpoint<IpAddr>) -> Result<OfferData, String> {
+    let data = endpoint.data.decode();
+    data.map_err(|error| error.to_string().chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect())
 }
 
 #[expect(clippy::expect_used, reason = "a constant that a test parses, too")]

@@ -1,15 +1,14 @@
 //! What this backend wants of its driver, as types, and the one place that knows how they are written into podnet's [`Custom`] objects.
 //!
-//! A wish and an observation are the same type, so that podnet can compare them: what cannot be seen after a restart (who serves
-//! the device) is a part of the value that is then absent. Nothing here does anything.
+//! A wish and an observation are the same type, so that podnet can compare them: what dies with the process is either an object of its own
+//! (a listener, a peer), absent after a restart, or a part of the value that is then another (who serves the device). Nothing here does anything.
 
 use std::borrow::Cow;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroU16;
+use std::net::SocketAddr;
 
-use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use ipnetwork::IpNetwork;
 use podnet::plan::{Custom, Domain, Key, Object};
-use podnet::types::{DeviceName, Mtu, Stack};
+use podnet::types::{DeviceName, Family, Mtu};
 use serde::{Deserialize, Serialize};
 
 /// The name of the domain.
@@ -25,30 +24,30 @@ pub(crate) fn domain() -> Domain {
 pub(crate) enum Item {
     /// The TUN device, by name.
     Device(DeviceName, Tunnel),
+    /// The socket of a family.
+    Listener(Family, Listener),
     /// Where the node with a subnet is.
     Peer(IpNetwork, Peer),
 }
 
-/// The TUN device and what is done with it.
+/// The TUN device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Tunnel {
     /// In bytes of inner packet.
     pub(crate) mtu: Mtu,
     /// Whether it is administratively up.
     pub(crate) up: bool,
-    /// What is served; `None` in observations of a device that nobody serves, as after a restart.
-    pub(crate) service: Option<Service>,
+    /// Whether this process carries its packets: not so after a restart.
+    pub(crate) served: bool,
 }
 
-/// Where packets are taken, and which.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Service {
-    /// The UDP port.
-    pub(crate) port: NonZeroU16,
-    /// The addresses of the underlay, one a family.
-    pub(crate) local: Stack<Ipv4Addr, Ipv6Addr>,
-    /// This node's pods: packets for others are not taken from peers.
-    pub(crate) subnets: Stack<Ipv4Network, Ipv6Network>,
+/// Where packets are taken from peers, and which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listener {
+    /// An address of the underlay, and the UDP port.
+    pub(crate) address: SocketAddr,
+    /// This node's pods: packets for others are not taken.
+    pub(crate) subnet: IpNetwork,
 }
 
 /// A peer.
@@ -59,6 +58,7 @@ pub(crate) struct Peer {
 }
 
 const DEVICE_PREFIX: &str = "device ";
+const LISTENER_PREFIX: &str = "listener ";
 const PEER_PREFIX: &str = "peer ";
 
 impl Item {
@@ -66,6 +66,7 @@ impl Item {
     pub(crate) fn object(&self) -> Object {
         let (name, spec) = match self {
             Item::Device(name, tunnel) => (format!("{DEVICE_PREFIX}{name}"), serde_json::to_value(tunnel)),
+            Item::Listener(family, listener) => (format!("{LISTENER_PREFIX}{family}"), serde_json::to_value(listener)),
             Item::Peer(subnet, peer) => (format!("{PEER_PREFIX}{subnet}"), serde_json::to_value(peer)),
         };
         // Structs of numbers, addresses and booleans with names as keys: there is nothing that JSON could not say.
@@ -84,11 +85,19 @@ impl Item {
         if let Some(device) = name.strip_prefix(DEVICE_PREFIX) {
             let device = device.parse().map_err(|e| broken(&e))?;
             Ok(Item::Device(device, Tunnel::deserialize(spec).map_err(|e| broken(&e))?))
+        } else if let Some(family) = name.strip_prefix(LISTENER_PREFIX) {
+            let listener = Listener::deserialize(spec).map_err(|e| broken(&e))?;
+            let family = Family::BOTH.into_iter().find(|known| known.to_string() == family);
+            let fits = |family: &Family| {
+                *family == Family::of(listener.address.ip()) && *family == Family::of(listener.subnet.ip())
+            };
+            let family = family.filter(fits).ok_or_else(|| broken(&"two families in one"))?;
+            Ok(Item::Listener(family, listener))
         } else if let Some(subnet) = name.strip_prefix(PEER_PREFIX) {
             let subnet = subnet.parse().map_err(|e| broken(&e))?;
             Ok(Item::Peer(subnet, Peer::deserialize(spec).map_err(|e| broken(&e))?))
         } else {
-            Err(broken(&"neither a device nor a peer"))
+            Err(broken(&"neither a device, a listener nor a peer"))
         }
     }
 }
@@ -104,23 +113,24 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_and_what_is_not_of_this_domain_is_refused() {
-        let service = Service {
-            port: NonZeroU16::new(8285).unwrap(),
-            local: Stack::Dual("10.240.0.101".parse().unwrap(), "2001:db8::1".parse().unwrap()),
-            subnets: Stack::V4("10.42.1.0/24".parse().unwrap()),
+        let tunnel = |served| Tunnel { mtu: Mtu::new(1432).unwrap(), up: true, served };
+        let listener = |address: &str, subnet: &str| Listener {
+            address: address.parse().unwrap(),
+            subnet: subnet.parse().unwrap(),
         };
-        let tunnel = |service| Tunnel { mtu: Mtu::new(1432).unwrap(), up: true, service };
         let name: DeviceName = "podnet-udp0".parse().unwrap();
         for item in [
-            Item::Device(name.clone(), tunnel(Some(service))),
-            Item::Device(name.clone(), tunnel(None)),
+            Item::Device(name.clone(), tunnel(true)),
+            Item::Device(name.clone(), tunnel(false)),
+            Item::Listener(Family::V4, listener("10.240.0.103:8285", "10.42.2.0/24")),
+            Item::Listener(Family::V6, listener("[2001:db8::3]:8285", "2001:db8:42:2::/64")),
             Item::Peer("10.42.1.0/24".parse().unwrap(), Peer { endpoint: "10.240.0.101:8285".parse().unwrap() }),
             Item::Peer("2001:db8:42:1::/64".parse().unwrap(), Peer { endpoint: "[2001:db8::1]:8285".parse().unwrap() }),
         ] {
             assert_eq!(Item::of(&item.object()), Ok(item.clone()));
             assert!(item.object().key().domain() == domain());
         }
-        assert_eq!(Item::Device(name.clone(), tunnel(None)).object().key(), device_key(&name));
+        assert_eq!(Item::Device(name.clone(), tunnel(false)).object().key(), device_key(&name));
         let custom = |domain: &'static str, name: &str, spec: &str| {
             Object::Custom(Custom {
                 domain: domain.into(),
@@ -132,8 +142,11 @@ mod tests {
             custom("other", "peer 10.42.1.0/24", r#"{"endpoint":"10.240.0.101:8285"}"#),
             custom("tun-udp", "pear 10.42.1.0/24", r#"{"endpoint":"10.240.0.101:8285"}"#),
             custom("tun-udp", "peer 10.42.1.0", r#"{"endpoint":"10.240.0.101"}"#),
-            custom("tun-udp", "device a/b", r#"{"mtu":1432,"up":true,"service":null}"#),
-            custom("tun-udp", "device a", r#"{"mtu":1,"up":true,"service":null}"#),
+            custom("tun-udp", "device a/b", r#"{"mtu":1432,"up":true,"served":true}"#),
+            custom("tun-udp", "device a", r#"{"mtu":1,"up":true,"served":true}"#),
+            custom("tun-udp", "listener IPv5", r#"{"address":"10.240.0.101:8285","subnet":"10.42.1.0/24"}"#),
+            custom("tun-udp", "listener IPv6", r#"{"address":"10.240.0.101:8285","subnet":"10.42.1.0/24"}"#),
+            custom("tun-udp", "listener IPv4", r#"{"address":"10.240.0.101:8285","subnet":"2001:db8::/64"}"#),
         ] {
             assert!(Item::of(&wrong).is_err(), "{wrong}");
         }

@@ -3,6 +3,7 @@
 
 use podnet::lease::Offer;
 use podnet::plan::{Desired, Unit};
+use podnet::types::Stack;
 
 use super::*;
 
@@ -46,34 +47,41 @@ fn a_node_wants_the_device_and_its_address_and_both_families_want_the_same_devic
     assert_eq!(
         text(&v4),
         [
-            r#"tun-udp device podnet-udp0 {"mtu":1452,"service":{"local":{"dual":["10.240.0.103","2001:db8:240::103"]},"port":8285,"subnets":{"dual":["10.42.2.0/24","2001:db8:42:2::/64"]}},"up":true}"#,
+            r#"tun-udp device podnet-udp0 {"mtu":1452,"served":true,"up":true}"#,
+            r#"tun-udp listener IPv4 {"address":"10.240.0.103:8285","subnet":"10.42.2.0/24"}"#,
             "address 10.42.2.0/32 dev podnet-udp0",
         ]
     );
     assert_eq!(v6[0], v4[0], "or podnet could not tell which of the two is wanted");
-    assert_eq!(text(&v6)[1], "address 2001:db8:42:2::/128 dev podnet-udp0");
+    assert_eq!(
+        text(&v6)[1..],
+        [
+            r#"tun-udp listener IPv6 {"address":"[2001:db8:240::103]:8285","subnet":"2001:db8:42:2::/64"}"#,
+            "address 2001:db8:42:2::/128 dev podnet-udp0",
+        ]
+    );
 
     // It is one object, made with the first family, and stays with the second.
     let mut desired = Desired::new();
     desired.set(Unit::Node(Family::V4), v4.clone());
     desired.set(Unit::Node(Family::V6), v6);
-    assert_eq!((desired.len(), desired.owner(&v4[0].key())), (3, Some(&Unit::Node(Family::V4))));
+    assert_eq!((desired.len(), desired.owner(&v4[0].key())), (5, Some(&Unit::Node(Family::V4))));
     desired.set(Unit::Node(Family::V4), Vec::new());
-    assert_eq!((desired.len(), desired.owner(&v4[0].key())), (2, Some(&Unit::Node(Family::V6))));
+    assert_eq!((desired.len(), desired.owner(&v4[0].key())), (3, Some(&Unit::Node(Family::V6))));
 }
 
 #[test]
-fn a_family_that_is_not_served_has_no_part_in_the_device() {
+fn a_family_that_is_not_served_costs_the_other_no_bytes() {
     let backend = TunUdp::new().port(NonZeroU16::new(9).unwrap());
-    let only = |family| text(&backend.node(&view(&[family], 1500), family).unwrap())[0].clone();
+    let only = |family| text(&backend.node(&view(&[family], 1500), family).unwrap())[..2].to_vec();
     assert_eq!(
         only(Family::V4),
-        r#"tun-udp device podnet-udp0 {"mtu":1472,"service":{"local":{"v4":"10.240.0.103"},"port":9,"subnets":{"v4":"10.42.2.0/24"}},"up":true}"#
+        [
+            r#"tun-udp device podnet-udp0 {"mtu":1472,"served":true,"up":true}"#,
+            r#"tun-udp listener IPv4 {"address":"10.240.0.103:9","subnet":"10.42.2.0/24"}"#,
+        ]
     );
-    assert_eq!(
-        only(Family::V6),
-        r#"tun-udp device podnet-udp0 {"mtu":1452,"service":{"local":{"v6":"2001:db8:240::103"},"port":9,"subnets":{"v6":"2001:db8:42:2::/64"}},"up":true}"#
-    );
+    assert_eq!(only(Family::V6)[0], r#"tun-udp device podnet-udp0 {"mtu":1452,"served":true,"up":true}"#);
 }
 
 #[test]
@@ -121,6 +129,8 @@ fn the_offer_names_the_port_and_what_is_no_offer_is_refused() {
     for bad in ["null", "{}", r#"{"Port":0}"#, r#"{"Port":65536}"#, r#"{"Port":"8285"}"#, "not JSON"] {
         assert!(claims(bad).is_err(), "{bad}");
     }
+    let long = claims(&format!(r#"{{"Port":"{}"}}"#, "a\\n".repeat(1000))).unwrap_err();
+    assert!(long.len() <= 200 && !long.contains('\n'), "a peer does not write our log: {long}");
 }
 
 #[test]
