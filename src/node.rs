@@ -98,6 +98,7 @@ pub struct Node {
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
 /// | [`router_advertisements`](Self::router_advertisements) | [`HostSetting::Set`] |
 /// | [`public_addresses`](Self::public_addresses) | the underlay's own |
+/// | [`require_encryption`](Self::require_encryption) | no |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
 /// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
@@ -119,6 +120,7 @@ pub struct NodeBuilder {
     bridge_netfilter: HostSetting,
     router_advertisements: HostSetting,
     public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
+    require_encryption: bool,
     check_period: Duration,
     clock: Arc<dyn Clock>,
 }
@@ -142,6 +144,7 @@ impl Node {
             bridge_netfilter: HostSetting::Report,
             router_advertisements: HostSetting::Set,
             public: None,
+            require_encryption: false,
             check_period: SHORTEST_CHECK,
             clock: Arc::new(SystemClock::new()),
         }
@@ -297,6 +300,18 @@ impl NodeBuilder {
         self
     }
 
+    /// Whether pod packets may leave this node for another in encrypted form alone.
+    ///
+    /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
+    /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
+    /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
+    /// configuration, or flannel, left are taken away at once, without waiting for the leases. The blackhole stays with
+    /// [`Shutdown::Keep`](crate::Shutdown::Keep) and when the process is killed.
+    pub fn require_encryption(mut self, required: bool) -> Self {
+        self.require_encryption = required;
+        self
+    }
+
     /// How often the kernel is compared as a whole: 10 s to a day. Longer where a comparison takes more than 0.2 % of that.
     pub fn check_period(mut self, period: Duration) -> Self {
         self.check_period = period;
@@ -323,6 +338,9 @@ impl NodeBuilder {
         let mut kinds = BTreeSet::new();
         let mut devices = BTreeSet::new();
         for backend in &self.backends {
+            if self.require_encryption && !backend.capabilities().encrypts {
+                problems.push(format!("encryption is required, and the backend {} does not encrypt", backend.kind()));
+            }
             if !kinds.insert(backend.kind()) {
                 problems.push(format!("the backend {} is given twice: one of a kind is allowed", backend.kind()));
             }
@@ -372,6 +390,7 @@ impl NodeBuilder {
                 bridge_netfilter: possible(self.bridge_netfilter),
                 router_advertisements: possible(self.router_advertisements),
                 public: self.public,
+                require_encryption: self.require_encryption,
                 check_period: self.check_period,
                 clock: self.clock,
             },
