@@ -215,7 +215,7 @@ impl Drop for Carrier {
 #[derive(Debug)]
 pub(crate) struct Listening {
     to: Listener,
-    family: Family,
+    socket: Arc<UdpSocket>,
     shared: Arc<Shared>,
     work: Work,
 }
@@ -224,10 +224,9 @@ impl Listening {
     /// Opens the socket in the namespace and listens.
     pub(crate) fn start(namespace: &NetworkNamespace, to: Listener, shared: &Arc<Shared>) -> Result<Self, DriverError> {
         let socket = Arc::new(bind(namespace, to.address)?);
-        let family = Family::of(to.address.ip());
-        *shared.write().socket(family) = Some(Arc::clone(&socket));
-        let work = Work::spawn("the UDP socket", shared, inbound(socket, to, Arc::clone(shared)));
-        Ok(Listening { to, family, shared: Arc::clone(shared), work })
+        *shared.write().socket(Family::of(to.address.ip())) = Some(Arc::clone(&socket));
+        let work = Work::spawn("the UDP socket", shared, inbound(Arc::clone(&socket), to, Arc::clone(shared)));
+        Ok(Listening { to, socket, shared: Arc::clone(shared), work })
     }
 
     /// What it listens to; `None` if it does so no longer.
@@ -237,7 +236,6 @@ impl Listening {
 
     /// Stops, and waits until the task has let the socket go.
     pub(crate) async fn stop(mut self) {
-        *self.shared.write().socket(self.family) = None;
         self.work.0.abort();
         // However it ended, it has ended.
         let _ = (&mut self.work.0).await;
@@ -246,7 +244,10 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        *self.shared.write().socket(self.family) = None;
+        let mut ways = self.shared.write();
+        // Packets may leave by another already.
+        let way = ways.socket(Family::of(self.to.address.ip()));
+        way.take_if(|socket| Arc::ptr_eq(socket, &self.socket));
     }
 }
 

@@ -116,11 +116,16 @@ impl TunUdpDriver {
 
     async fn listen(&self, serving: &mut Serving, family: Family, wanted: Listener) -> Result<(), DriverError> {
         let now = serving.listening(family).as_ref().and_then(Listening::to);
-        if now != Some(wanted) {
-            // One socket at a time may have an address and port.
-            serving.stop_listening(family).await;
-            *serving.listening(family) = Some(Listening::start(&self.namespace, wanted, &self.shared)?);
+        if now == Some(wanted) {
+            return Ok(());
         }
+        // One socket at a time may have an address and port; another is opened before the old one is given up.
+        if now.is_none_or(|now| now.address == wanted.address) {
+            serving.stop_listening(family).await;
+        }
+        let listening = Listening::start(&self.namespace, wanted, &self.shared)?;
+        serving.stop_listening(family).await;
+        *serving.listening(family) = Some(listening);
         Ok(())
     }
 
