@@ -14,8 +14,9 @@ use etherparse::PacketBuilder;
 use futures::StreamExt;
 use podnet::backend::Backend;
 use podnet::config::NetworkConfig;
-use podnet::driver::{Change, Scope};
+use podnet::driver::{Change, Scope, UnitResult};
 use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
+use podnet::plan::{Custom, Object, Owner, Step, Unit, UnitPlan};
 use podnet::status::Status;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::types::{Family, Stack};
@@ -280,6 +281,34 @@ async fn the_driver_hints_by_itself_when_its_data_plane_breaks() {
     cluster.host(0).delete_link(DEVICE).await.unwrap();
     let hint = tokio::time::timeout(PATIENCE, hints.next()).await.unwrap();
     assert_eq!(hint, Some(Change::Domain(driver.domain())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_that_cannot_move_stays_where_it_is_and_other_units_go_on() {
+    let host = Host::new("listener").unwrap();
+    let driver = TunUdp::in_namespace(namespace(host.netns())).driver().unwrap();
+    let custom = |name: &str, spec: serde_json::Value| {
+        Object::Custom(Custom { domain: "tun-udp".into(), name: name.to_owned(), spec })
+    };
+    let listener =
+        |address: &str| custom("listener IPv4", serde_json::json!({ "address": address, "subnet": "10.42.2.0/24" }));
+    let peer = custom("peer 10.42.1.0/24", serde_json::json!({ "endpoint": "10.240.0.101:8285" }));
+    let unit = |steps: Vec<Step>| UnitPlan { unit: Unit::Node(Family::V4), steps };
+    let (here, nowhere) = (listener("127.0.0.1:8285"), listener("10.9.9.9:8285"));
+
+    let results = driver.apply(&[unit(vec![Step::Create(here.clone())])]).await;
+    assert_eq!(results, [UnitResult { done: 1, failed: None }]);
+    let moved = Step::Replace { from: here.clone(), to: nowhere };
+    let [moved, other] = driver
+        .apply(&[unit(vec![moved]), unit(vec![Step::Create(peer.clone())])])
+        .await
+        .try_into()
+        .expect("one result for each unit");
+    let error = moved.failed.expect("there is no such address").to_string();
+    assert!(error.starts_with("listen on udp 10.9.9.9:8285: ") && error.contains("not on this host"), "{error}");
+    assert_eq!((moved.done, other), (0, UnitResult { done: 1, failed: None }));
+    let observed = driver.observe(&Scope::new(Stack::V4("10.42.0.0/16".parse().unwrap()))).await.unwrap();
+    assert_eq!(observed.objects, [(here, Owner::Ours), (peer, Owner::Ours)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
