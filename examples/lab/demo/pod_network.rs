@@ -34,9 +34,9 @@ impl PodNetwork {
             .try_clone_to_owned()
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
-        let mut builder = backend
-            .on(podnet::Node::builder(node.name(), subnets.clone()))
-            .network_namespace(NetworkNamespace::File(Arc::new(namespace)));
+        let namespace = NetworkNamespace::File(Arc::new(namespace));
+        let mut builder =
+            backend.on(podnet::Node::builder(node.name(), subnets.clone()), &namespace).network_namespace(namespace);
         for family in node.addresses().families() {
             let network = service_network(family);
             let parsed = network.parse().map_err(|e| LabError::Invalid(format!("{network}: {e}")))?;

@@ -207,12 +207,7 @@ async fn outbound(device: Arc<AsyncDevice>, sockets: Sockets, shared: Arc<Shared
 }
 
 /// From peers to pods of this node, until the socket can be read no longer.
-async fn inbound(
-    socket: Arc<UdpSocket>,
-    device: Arc<AsyncDevice>,
-    service: Service,
-    shared: Arc<Shared>,
-) -> io::Error {
+async fn inbound(socket: Arc<UdpSocket>, device: Arc<AsyncDevice>, service: Service, shared: Arc<Shared>) -> io::Error {
     let mut buffer = vec![0; LARGEST];
     loop {
         let (packet, from) = match socket.recv_from(&mut buffer).await {

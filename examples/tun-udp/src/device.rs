@@ -87,8 +87,7 @@ impl Links {
     pub(crate) async fn set_up(&self, name: &DeviceName, index: u32, mtu: Mtu) -> Result<(), DriverError> {
         // Nobody uses a link-local address on it, and without one the kernel sends no router solicitations into the tunnel.
         let quiet = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
-        let quiet = LinkUnspec::new_with_index(index)
-            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![quiet]));
+        let quiet = LinkUnspec::new_with_index(index).append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![quiet]));
         match self.set(quiet).await {
             // A kernel without IPv6 knows no such setting.
             Err(error) if !is(&error, Errno::AFNOSUPPORT) => {

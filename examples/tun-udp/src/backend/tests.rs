@@ -86,10 +86,7 @@ fn a_peer_costs_its_endpoint_and_then_a_route_in_either_family() {
     };
     assert_eq!(
         peer("10.42.1.0/24", "10.240.0.101", r#"{"Port":8285}"#).unwrap(),
-        [
-            r#"tun-udp peer 10.42.1.0/24 {"endpoint":"10.240.0.101:8285"}"#,
-            "route 10.42.1.0/24 dev podnet-udp0",
-        ]
+        [r#"tun-udp peer 10.42.1.0/24 {"endpoint":"10.240.0.101:8285"}"#, "route 10.42.1.0/24 dev podnet-udp0",]
     );
     assert_eq!(
         peer("2001:db8:42:1::/64", "2001:db8:240::101", r#"{"Port":4000}"#).unwrap(),
@@ -118,9 +115,8 @@ fn the_offer_names_the_port_and_what_is_no_offer_is_refused() {
     let (backend, node, underlay) = (TunUdp::new(), "me".parse().unwrap(), underlay(1500));
     let cx = OfferContext { node: &node, family: Family::V4, earlier: None, underlay: &underlay, devices: &[] };
     assert_eq!(backend.offer(&cx).unwrap().as_str(), r#"{"Port":8285}"#);
-    let claims = |text: &str| {
-        backend.claims(&Endpoint { public_ip: "10.240.0.101".parse().unwrap(), data: data(text) })
-    };
+    let claims =
+        |text: &str| backend.claims(&Endpoint { public_ip: "10.240.0.101".parse().unwrap(), data: data(text) });
     assert_eq!(claims(r#"{"Port":8285}"#), Ok(Vec::new()));
     for bad in ["null", "{}", r#"{"Port":0}"#, r#"{"Port":65536}"#, r#"{"Port":"8285"}"#, "not JSON"] {
         assert!(claims(bad).is_err(), "{bad}");
