@@ -249,6 +249,8 @@ struct Prefix {
 /// Who claims what in one family, as far as the claim is possible in itself, and who holds it.
 #[derive(Debug, Default)]
 struct Index {
+    /// How many peers claim something here, possible or not.
+    peers: usize,
     subnets: BTreeMap<Prefix, Claimants>,
     /// How many of the subnets have each length: lengths that nobody claims need not be looked up.
     lengths: BTreeMap<u8, usize>,
@@ -434,6 +436,11 @@ impl Admission {
         self.peers.get(node)?.judged(family)?.verdict.as_ref()
     }
 
+    /// How many nodes claim a subnet of a family beside this one.
+    pub fn count(&self, family: Family) -> usize {
+        self.index(family).peers
+    }
+
     /// How many nodes hold a lease beside this one.
     pub fn len(&self) -> usize {
         self.peers.len()
@@ -470,6 +477,7 @@ impl Admission {
         for family in Family::BOTH {
             let Some(judged) = self.examine(&peer.lease, family) else { continue };
             let index = self.index_mut(family);
+            index.peers += 1;
             if let Ok(subnet) = judged.subnet {
                 index.claim(Prefix::of(subnet), rank.clone());
                 for exclusive in judged.exclusive() {
@@ -493,6 +501,7 @@ impl Admission {
             // Only what it held can be somebody else's now.
             self.disturb(&rank, judged, family, judged.holds_subnet, judged.holds_endpoint, run);
             let index = self.index_mut(family);
+            index.peers = index.peers.saturating_sub(1);
             if let Ok(subnet) = judged.subnet {
                 index.unclaim(Prefix::of(subnet), &rank);
                 for exclusive in judged.exclusive() {

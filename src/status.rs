@@ -102,11 +102,18 @@ impl fmt::Display for Status {
         }
         // Of one family, the conditions say the same.
         for family in self.families.iter().filter(|_| self.families.len() > 1) {
-            writeln!(f, "  {} {:?}: {}", family.family, family.state, family.message)?;
+            let FamilyStatus { family, state, message, peers, connected } = family;
+            writeln!(f, "  {family} {state:?}: {message}; peers: {connected} connected of {peers}")?;
         }
         for peer in &self.troubled {
-            for state in &peer.families {
-                writeln!(f, "  peer {} {}: {}", peer.node, state.family, state.state)?;
+            match peer.families.as_slice() {
+                // What both families say is said once.
+                [v4, v6] if v4.state == v6.state => writeln!(f, "  peer {}: {}", peer.node, v4.state)?,
+                families => {
+                    for of in families {
+                        writeln!(f, "  peer {} {}: {}", peer.node, of.family, of.state)?;
+                    }
+                }
             }
         }
         for conflict in &self.conflicts {
@@ -155,6 +162,10 @@ pub struct FamilyStatus {
     pub state: ConditionState,
     /// Why, in a sentence.
     pub message: String,
+    /// How many peers hold a subnet of the family.
+    pub peers: usize,
+    /// How many of those are in the kernel.
+    pub connected: usize,
 }
 
 /// The kinds of condition.
@@ -261,7 +272,7 @@ pub enum PeerState {
     Failing {
         /// What, and the kernel's word.
         error: String,
-        /// How often it was tried.
+        /// How often it was tried; 0 where something of others is in the way.
         attempts: u32,
     },
 }
@@ -273,6 +284,7 @@ impl fmt::Display for PeerState {
             PeerState::Pending => f.write_str("pending: it has not said how it is reached"),
             PeerState::Refused(refusal) => write!(f, "refused: {refusal}"),
             PeerState::Unreachable { reason } => write!(f, "unreachable: {reason}"),
+            PeerState::Failing { error, attempts: 0 } => write!(f, "held up: {error}"),
             PeerState::Failing { error, attempts } => write!(f, "failing after {attempts} attempts: {error}"),
         }
     }

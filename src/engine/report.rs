@@ -72,7 +72,7 @@ impl Engine {
             conflicts,
             more_conflicts,
             warnings,
-            families: self.families(),
+            families: self.families(&troubled),
             counters: self.counters,
         }
     }
@@ -154,13 +154,16 @@ impl Engine {
     }
 
     /// Each family of the lease by itself.
-    fn families(&self) -> Vec<FamilyStatus> {
+    fn families(&self, troubled: &BTreeSet<&NodeName>) -> Vec<FamilyStatus> {
         let (Some(lease), Some(network)) = (&self.control.lease, &self.control.network) else { return Vec::new() };
         let networks = network.networks();
         let held = networks.families().filter(|family| lease.subnets.has(*family));
         held.map(|family| {
             let (state, message) = self.family(lease, family);
-            FamilyStatus { family, state, message }
+            let peers = self.admission.as_ref().map_or(0, |admission| admission.count(family));
+            let lost = troubled.iter().filter(|node| self.trouble_of(node, family).is_some()).count();
+            let connected = if self.no_ground(family).is_none() { peers.saturating_sub(lost) } else { 0 };
+            FamilyStatus { family, state, message, peers, connected }
         })
         .collect()
     }

@@ -160,8 +160,8 @@ pub(super) fn view(settings: &Settings, seen: &Seen<'_>, before: Option<&View>) 
     let mut families = Vec::new();
     for family in wanted {
         let device = underlay.device.clone();
-        let kept = before.filter(|v| v.families.contains(&family)).and_then(|v| v.underlay.address(family));
-        match (underlay.addresses.has(family), kept) {
+        let before = before.filter(|v| v.families.contains(&family));
+        match (underlay.addresses.has(family), before.and_then(|v| v.underlay.address(family))) {
             (true, _) => {}
             (false, None) => {
                 troubles.push((family, Trouble::NoAddress { device, family }));
@@ -170,6 +170,12 @@ pub(super) fn view(settings: &Settings, seen: &Seen<'_>, before: Option<&View>) 
             // An address that is away for a moment comes back to a network that stands.
             (false, Some(address)) => {
                 underlay.addresses = with(underlay.addresses, address);
+                // The connected network went with the address. With a link that is down, so did everything.
+                if let Some(before) = before.filter(|_| underlay.up) {
+                    let of_family = |r: &&HostRoute| Family::of(r.destination.ip()) == family;
+                    underlay.routes.retain(|r| !of_family(&r));
+                    underlay.routes.extend(before.underlay.routes.iter().filter(of_family).cloned());
+                }
                 troubles.push((family, Trouble::Away { device, family, address }));
             }
         }
