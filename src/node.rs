@@ -18,8 +18,8 @@ use tracing::Instrument;
 use crate::admission::Reserved;
 use crate::backend::{Backend, Maker};
 use crate::clock::{Clock, SystemClock};
+use crate::driver::firewall::{FirewallChoice, FirewallDriver};
 use crate::driver::netlink::NetlinkDriver;
-use crate::driver::nftables::NftablesDriver;
 use crate::driver::sysctl::SysctlDriver;
 use crate::driver::{Driver, DriverError, NetworkNamespace};
 use crate::engine::{Engine, Handle, Settings};
@@ -74,6 +74,7 @@ pub enum HostSetting {
 pub struct Node {
     settings: Settings,
     masquerade: MasqueradePolicy,
+    firewall: FirewallChoice,
     namespace: NetworkNamespace,
     drivers: Vec<Arc<dyn Driver>>,
 }
@@ -84,6 +85,7 @@ pub struct Node {
 /// |---|---|
 /// | [`backend`](Self::backend) | none: at least one must be given |
 /// | [`masquerade`](Self::masquerade) | [`MasqueradePolicy::default`] |
+/// | [`firewall`](Self::firewall) | [`FirewallChoice::Nftables`] |
 /// | [`underlay`](Self::underlay) | [`UnderlayChoice::Automatic`] |
 /// | [`network_namespace`](Self::network_namespace) | the one of the thread that calls `start` |
 /// | [`reserve`](Self::reserve) | nothing beside what the host itself shows |
@@ -94,7 +96,7 @@ pub struct Node {
 /// | [`router_advertisements`](Self::router_advertisements) | [`HostSetting::Set`] |
 /// | [`public_addresses`](Self::public_addresses) | the underlay's own |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
-/// | [`driver`](Self::driver) | netlink, nftables, `/proc/sys` |
+/// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
 #[derive(Debug)]
 #[must_use = "a builder does nothing until `build`"]
@@ -103,6 +105,7 @@ pub struct NodeBuilder {
     manager: Arc<dyn SubnetManager>,
     backends: Vec<Arc<dyn Backend>>,
     masquerade: MasqueradePolicy,
+    firewall: FirewallChoice,
     underlay: UnderlayChoice,
     namespace: NetworkNamespace,
     drivers: Vec<Arc<dyn Driver>>,
@@ -125,6 +128,7 @@ impl Node {
             manager: Arc::new(subnets),
             backends: Vec::new(),
             masquerade: MasqueradePolicy::default(),
+            firewall: FirewallChoice::default(),
             underlay: UnderlayChoice::Automatic,
             namespace: NetworkNamespace::Current,
             drivers: Vec::new(),
@@ -161,7 +165,7 @@ impl Node {
             drivers.push(Arc::new(NetlinkDriver::open(&self.namespace)?));
         }
         if !given.contains(&Domain::Firewall) {
-            drivers.push(Arc::new(NftablesDriver::open(&self.namespace)?));
+            drivers.push(Arc::new(FirewallDriver::open(&self.namespace, self.firewall).await?));
         }
         drivers.extend(self.drivers);
         drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver()));
@@ -215,6 +219,13 @@ impl NodeBuilder {
     /// Sets what is masqueraded and which forwarded packets are accepted.
     pub fn masquerade(mut self, policy: MasqueradePolicy) -> Self {
         self.masquerade = policy;
+        self
+    }
+
+    /// Sets where the firewall rules go: nftables, iptables, or by a rule which of them. What an earlier run left in the other
+    /// one is removed once they stand.
+    pub fn firewall(mut self, choice: FirewallChoice) -> Self {
+        self.firewall = choice;
         self
     }
 
@@ -362,6 +373,7 @@ impl NodeBuilder {
                 clock: self.clock,
             },
             masquerade: self.masquerade,
+            firewall: self.firewall,
             namespace: self.namespace,
             drivers: self.drivers,
         })
