@@ -13,10 +13,10 @@ use serde_json::json;
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
 use super::proofs::{reaches, seen_outside};
-use super::{Cluster, Crossing, DemoError, Part, Seen, Stage, masquerade_table};
+use super::{Cluster, Crossing, DemoError, Part, Seen, Stage};
 use crate::cluster::UNDERLAY_INTERFACE;
 use crate::families::is_link_local;
-use crate::{Host, LabError, Node, Route, services};
+use crate::{Host, LabError, Node, Route};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -45,7 +45,7 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
             stage.show(part, &format!("{device} set down and up"), on.down_and_up()).await;
             stage.show(part, &format!("{device} deleted"), on.deleted()).await;
         }
-        stage.show(part, &named("the masquerade table deleted"), table(cluster, family)).await;
+        stage.show(part, &named(cluster.spec().masquerade.breakage()), rules(cluster, family)).await;
     }
     // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of encapsulation over IPv4 it takes nothing.
     let takes_something = match cluster.crossing() {
@@ -124,13 +124,13 @@ async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     repaired(cluster, [family], took, &format!("{subnet}{gateway}")).await
 }
 
-async fn table(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
+async fn rules(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let (node, host) = (cluster.first(), cluster.first().host());
-    let delete = async { services::delete_table(host, masquerade_table(family)) };
-    let took = repair(cluster, delete, || async { node_state::tables(host) }).await?;
+    let harm = async { cluster.spec().masquerade.break_on(host, family) };
+    let took = repair(cluster, harm, || async { node_state::rules(host) }).await?;
     let (seen, address) = (seen_outside(cluster, &node.pods()[0], family).await?, node.ip_in(family)?);
     if seen.iter().any(|seen| *seen != address) {
-        return Ok(Seen::new(false, format!("the table is back, but the outside sees {seen:?}")));
+        return Ok(Seen::new(false, format!("the rules are back, but the outside sees {seen:?}")));
     }
     repaired(cluster, [family], took, "and the outside sees the node as before").await
 }
