@@ -428,6 +428,23 @@ async fn dns_answers_at_the_service_address_from_a_pod_of_the_same_node() {
 }
 
 #[tokio::test]
+async fn a_chain_is_listed_with_its_rules_until_it_is_emptied() {
+    let host = Host::new("firewalled").unwrap();
+    let backends = ["10.42.0.2", "2001:db8:42::2"].map(|address| Service::dns(address.parse::<IpAddr>().unwrap()));
+    services::publish(&host, &backends).unwrap();
+    let of = |family: &str| {
+        [("prerouting", 2), ("output", 2), ("postrouting", 1)]
+            .map(|(chain, rules)| format!("{family} lab-services {chain}: {rules}"))
+    };
+    assert_eq!(firewall::chains(&host).unwrap(), [of("ip"), of("ip6")].concat());
+    firewall::flush_chain(&host, Family::V6, services::TABLE, "output").unwrap();
+    let [prerouting, _, postrouting] = of("ip6");
+    let left = [&of("ip")[..], &[prerouting, postrouting]].concat();
+    assert_eq!(firewall::chains(&host).unwrap(), left, "an empty chain at a hook does nothing");
+    assert!(firewall::flush_chain(&host, Family::V4, "nowhere", "output").unwrap_err().is_absent());
+}
+
+#[tokio::test]
 async fn an_echo_server_tells_the_address_that_it_sees() {
     let lab = lab(spec(1, DUAL)).await;
     let [a, b] = lab.nodes()[0].pods() else { panic!("two pods") };
