@@ -35,6 +35,9 @@ use crate::underlay::UnderlayChoice;
 /// The name of the abstract unix socket that keeps a second overlay out of a network namespace. The kernel frees it with
 /// the process that holds it, however that ends.
 const LOCK: &str = "podnet/overlay";
+/// How often, and how far apart, a lock that is held is asked for again.
+const LOCK_TRIES: u32 = 10;
+const LOCK_WAIT: Duration = Duration::from_millis(10);
 /// Questions that may wait for the engine; more wait in their callers.
 const QUEUE: usize = 16;
 /// The shortest period of the full check (invariant 13).
@@ -156,7 +159,7 @@ impl Node {
     pub async fn start(self) -> Result<(Arc<dyn Overlay>, Runner), Error> {
         let given: BTreeSet<Domain> = self.drivers.iter().map(|d| d.domain()).collect();
         // Who brings a kernel of his own has no namespace to share.
-        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
+        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace).await?) };
         let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
         if !given.contains(&Domain::Sysctl) {
             drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
@@ -381,14 +384,25 @@ impl NodeBuilder {
 }
 
 /// Takes the lock of a namespace; it is held as long as the socket is open.
-fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
-    namespace.abstract_socket(LOCK).map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => Error::AlreadyRunning { lock: format!("@{LOCK}") },
-        _ => Error::Driver(DriverError::Io {
-            attempted: "open a socket in the network namespace".to_owned(),
-            reason: e.to_string(),
-        }),
-    })
+///
+/// Every program that this process starts has a copy of an overlay's socket between its fork and its exec: a lock that was just
+/// given up may be held for a moment longer.
+async fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
+    let mut tries = 0;
+    loop {
+        match namespace.abstract_socket(LOCK) {
+            Ok(socket) => return Ok(socket),
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && tries < LOCK_TRIES => tries += 1,
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+                return Err(Error::AlreadyRunning { lock: format!("@{LOCK}") });
+            }
+            Err(e) => {
+                let attempted = "open a socket in the network namespace".to_owned();
+                return Err(Error::Driver(DriverError::Io { attempted, reason: e.to_string() }));
+            }
+        }
+        tokio::time::sleep(LOCK_WAIT).await;
+    }
 }
 
 fn starting(node: &NodeName) -> Status {

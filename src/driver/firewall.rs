@@ -43,11 +43,13 @@ use crate::types::Family;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum FirewallChoice {
-    /// nftables over netlink. No program is run, but where chains of our iptables mode are seen in iptables-nft's tables, or
-    /// iptables-legacy has tables (then once): what is ours there is removed with the programs in
-    /// [`IptablesPrograms::FOLDERS`]. Where there are none, chains in iptables-nft's tables are reported.
+    /// nftables over netlink, and no program is ever run. Chains that our iptables mode left in iptables-nft's tables are reported.
     #[default]
     Nftables,
+    /// nftables, and what our iptables mode left is removed: with these programs and, for the other variant of iptables, those in
+    /// [`IptablesPrograms::FOLDERS`]. They are run where such chains are seen in iptables-nft's tables, and once where
+    /// iptables-legacy has tables.
+    NftablesInPlaceOf(IptablesPrograms),
     /// These programs.
     Iptables(IptablesPrograms),
     /// Decided once, when the rules are first looked at, by this rule:
@@ -77,10 +79,8 @@ pub(crate) struct FirewallDriver {
     nftables: Option<NftablesDriver>,
     /// Where it may be chosen.
     iptables: Option<IptablesDriver>,
-    /// The programs that were given.
+    /// The programs that were given; `None`: none is ever run.
     programs: Option<IptablesPrograms>,
-    /// Where others are looked for.
-    folders: &'static [&'static str],
     /// Opened once they are needed.
     leftover_drivers: OnceCell<Vec<IptablesDriver>>,
     chosen: OnceCell<Firewall>,
@@ -97,15 +97,21 @@ impl FirewallDriver {
     /// if neither can be opened.
     pub(crate) async fn open(namespace: &NetworkNamespace, choice: FirewallChoice) -> Result<Self, DriverError> {
         let nftables = match NftablesDriver::open(namespace) {
-            Err(DriverError::Unsupported { .. }) if !matches!(choice, FirewallChoice::Nftables) => None,
+            Err(DriverError::Unsupported { .. })
+                if matches!(choice, FirewallChoice::Iptables(_) | FirewallChoice::Automatic(_)) =>
+            {
+                None
+            }
             opened => Some(opened?),
         };
         let programs = match &choice {
             FirewallChoice::Nftables => None,
-            FirewallChoice::Iptables(programs) | FirewallChoice::Automatic(programs) => Some(programs.clone()),
+            FirewallChoice::NftablesInPlaceOf(programs)
+            | FirewallChoice::Iptables(programs)
+            | FirewallChoice::Automatic(programs) => Some(programs.clone()),
         };
         let (iptables, chosen) = match choice {
-            FirewallChoice::Nftables => (None, Some(Firewall::Nftables)),
+            FirewallChoice::Nftables | FirewallChoice::NftablesInPlaceOf(_) => (None, Some(Firewall::Nftables)),
             FirewallChoice::Iptables(programs) => {
                 (Some(IptablesDriver::open(namespace, programs).await?), Some(Firewall::Iptables))
             }
@@ -123,7 +129,6 @@ impl FirewallDriver {
             nftables,
             iptables,
             programs,
-            folders: &IptablesPrograms::FOLDERS,
             leftover_drivers: OnceCell::new(),
             chosen: OnceCell::new_with(chosen),
             legacy_clean: AtomicBool::new(false),
@@ -192,6 +197,9 @@ impl FirewallDriver {
             Drivers::Iptables(iptables, _) => Some(iptables.variant(Family::V4)),
         };
         let mut out = Vec::new();
+        if self.programs.is_none() {
+            return out;
+        }
         if has_iptables_chains && active != Some(Variant::NfTables) {
             out.push(Variant::NfTables);
         }
@@ -204,7 +212,7 @@ impl FirewallDriver {
     /// What removes what our iptables mode left: for each variant the given programs, or the first that are found.
     async fn leftover_drivers(&self) -> Result<&[IptablesDriver], DriverError> {
         let open = async || {
-            let found = IptablesPrograms::each_kind(self.folders);
+            let found = IptablesPrograms::each_kind(IptablesPrograms::FOLDERS);
             let mut drivers: Vec<IptablesDriver> = Vec::new();
             for programs in self.programs.iter().cloned().chain(found) {
                 match IptablesDriver::open(&self.namespace, programs).await {
@@ -215,7 +223,11 @@ impl FirewallDriver {
                     Err(error) => tracing::debug!(%error, "these programs cannot look for leftovers"),
                 }
             }
-            if drivers.is_empty() { IptablesPrograms::find(self.folders).map(|_| drivers) } else { Ok(drivers) }
+            if drivers.is_empty() {
+                IptablesPrograms::find(IptablesPrograms::FOLDERS).map(|_| drivers)
+            } else {
+                Ok(drivers)
+            }
         };
         self.leftover_drivers.get_or_try_init(open).await.map(Vec::as_slice)
     }
@@ -244,6 +256,10 @@ impl FirewallDriver {
         drivers: &Drivers<'_>,
         scope: &Scope,
     ) {
+        if self.programs.is_none() {
+            unknown(chains);
+            return;
+        }
         let suspects = self.suspects(drivers, !chains.is_empty());
         if suspects.is_empty() {
             return;
@@ -269,9 +285,7 @@ impl FirewallDriver {
             }
             Err(error) => {
                 tracing::debug!(%error, "whose the chains in iptables are cannot be told");
-                for warning in chains {
-                    warning.with = warning.with.replacen("flannel's", "flannel's, or podnet's own,", 1);
-                }
+                unknown(chains);
             }
         }
     }
@@ -409,6 +423,13 @@ impl Driver for FirewallDriver {
                 Ok(both.boxed())
             }
         }
+    }
+}
+
+/// Says of chains with flannel's names that they may be those of our iptables mode.
+fn unknown(chains: &mut [Conflict]) {
+    for warning in chains {
+        warning.with = warning.with.replacen("flannel's", "flannel's, or podnet's own,", 1);
     }
 }
 

@@ -306,9 +306,9 @@ impl Engine {
     async fn refresh(&mut self) {
         self.refresh_view();
         let (Some(network), Some(view)) = (&self.control.network, &self.view) else { return };
-        let scope = wish::scope(&self.settings, network.networks(), Some(&view.underlay.device));
-        if self.scope.as_ref() != Some(&scope) {
-            self.scope = Some(scope);
+        let underlay = Some(&view.underlay.device);
+        if self.scope.as_ref().is_none_or(|scope| scope.underlay.as_ref() != underlay) {
+            self.scope = Some(wish::scope(&self.settings, network.networks(), underlay));
             self.listen().await;
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
             self.look().await;

@@ -2,15 +2,15 @@
 //! nftables and back, and removed without a trace.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use podnet::Shutdown;
 use podnet::driver::firewall::FirewallChoice;
 use podnet::driver::iptables::IptablesPrograms;
-use podnet::{Error, Shutdown};
 use podnet_lab::Host;
-use podnet_tests::Running;
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::{builder, connected, lone_host, many};
+use podnet_tests::{Running, spawn};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -52,18 +52,7 @@ fn is_before_a_drop(forward: &str) -> bool {
 }
 
 async fn start(host: &Host, choice: FirewallChoice) -> Running {
-    let node = || builder("me", host.netns(), many(3)).firewall(choice.clone()).build().unwrap();
-    let deadline = Instant::now() + SOON;
-    let (overlay, runner) = loop {
-        match node().start().await {
-            Ok(started) => break started,
-            // A program that the node before was about to start when it was killed holds its lock until it runs.
-            Err(error @ Error::AlreadyRunning { .. }) => assert!(Instant::now() < deadline, "{error}"),
-            Err(error) => panic!("{error}"),
-        }
-        tokio::task::yield_now().await;
-    };
-    let running = Running { overlay, task: tokio::spawn(runner) };
+    let running = spawn(builder("me", host.netns(), many(3)).firewall(choice)).await;
     running.until(connected(3)).await;
     running
 }
@@ -107,7 +96,7 @@ async fn a_node_that_is_started_anew_with_the_other_firewall_leaves_nothing_in_t
     let host = lone_host("switch").await;
     let eye = Eye::on(host.netns());
     for _ in 0..2 {
-        let nftables = start(&host, FirewallChoice::Nftables).await;
+        let nftables = start(&host, FirewallChoice::NftablesInPlaceOf(programs.clone())).await;
         until("the rules are in nftables alone", || eye.dump().has(&["nft ip podnet"]) && ours(&host).is_empty()).await;
         nftables.abort().await;
         let iptables = start(&host, FirewallChoice::Iptables(programs.clone())).await;

@@ -29,7 +29,7 @@ pub struct Traffic {
     pub sent: u64,
     /// Taken from peers.
     pub received: u64,
-    /// From this node, dropped: no peer has the destination.
+    /// From this node, dropped: no peer has the destination. Some are the kernel's own, which joins multicast groups on every device.
     pub unroutable: u64,
     /// From the underlay, dropped: the sender is not the peer whose pod the source is, the destination is not one of this node's pods, or
     /// it is no IP packet.
@@ -233,5 +233,35 @@ fn is_ours(service: &Service, address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => service.subnets.v4().is_some_and(|subnet| subnet.contains(address)),
         IpAddr::V6(address) => service.subnets.v6().is_some_and(|subnet| subnet.contains(address)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podnet::types::Stack;
+
+    use super::*;
+    use crate::backend::PORT;
+
+    #[tokio::test]
+    async fn a_carrier_of_which_a_task_has_ended_serves_nothing_and_whoever_watches_is_told() {
+        let service = Service {
+            port: PORT,
+            local: Stack::V4("10.240.0.101".parse().unwrap()),
+            subnets: Stack::V4("10.42.1.0/24".parse().unwrap()),
+        };
+        let shared = Arc::new(Shared::new());
+        let mut breakage = shared.breakage();
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(std::future::pending());
+        tasks.spawn(until_broken("a test", async { io::Error::other(ended.await.unwrap_err()) }, Arc::clone(&shared)));
+        let mut carrier = Carrier { index: 7, service: service.clone(), whole: tasks.len(), tasks };
+        assert_eq!(carrier.serves(7), Some(&service));
+        assert_eq!(carrier.serves(8), None, "another device");
+        drop(end);
+        breakage.changed().await.unwrap();
+        tokio::task::yield_now().await;
+        assert_eq!(carrier.serves(7), None);
     }
 }

@@ -28,6 +28,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Ours
+//!
+//! A device of the kind `tun` with the alias `podnet` is ours, so that it is known after a restart, whatever its name: under another name
+//! than [`DEVICE`] it is a leftover and is deleted, unless another backend of the node claims it. Addresses and routes on it are podnet's
+//! netlink driver's. Peers and sockets live in this process alone, and are made anew.
+//!
+//! # Trust
+//!
 //! What is on the wire can be read by whoever is on the underlay, and forged by whoever can send with a peer's address there.
 //! What is not forged is held to its sender: a packet is taken from a peer only if its source is one of that peer's pods, and its
 //! destination one of this node's.

@@ -54,7 +54,7 @@ fn from_nftables_to_iptables_and_back_the_rules_are_in_one_of_them() {
     for tools in Tools::all() {
         isolated::test(async move || {
             for _ in 0..2 {
-                let driver = open(FirewallChoice::Nftables).await;
+                let driver = open(FirewallChoice::NftablesInPlaceOf(tools.programs())).await;
                 converge(&driver, &wish(), &scope()).await;
                 assert_eq!(converge(&driver, &wish(), &scope()).await, 0);
                 assert_eq!(holders(tools).await, (true, false));
@@ -177,21 +177,20 @@ fn a_table_of_our_name_that_is_not_ours_is_no_leftover() {
 }
 
 #[test]
-fn leftovers_that_no_program_can_remove_are_a_warning_and_the_rules_stand_all_the_same() {
+fn without_programs_none_is_run_and_what_is_left_in_iptables_is_a_warning() {
     let Some(tools) = Tools::of(Variant::NfTables) else { return };
     isolated::test(async move || {
         for rules in wish() {
             create(&tools.driver().await, &rules).await;
         }
-        let mut driver = open(FirewallChoice::Nftables).await;
-        driver.folders = &[];
+        let driver = open(FirewallChoice::Nftables).await;
         converge(&driver, &wish(), &scope()).await;
         assert_eq!(holders(tools).await, (true, true));
         let warnings = driver.observe(&scope()).await.unwrap().warnings;
         assert_eq!(warnings.len(), 4, "a chain in each table of each family: {warnings:?}");
         assert!(warnings.iter().all(|w| w.with.starts_with("flannel's, or podnet's own, chain")), "{warnings:?}");
-        // Once there are programs, they go.
-        driver.folders = &IptablesPrograms::FOLDERS;
+        // Where there are programs, they go.
+        let driver = open(FirewallChoice::NftablesInPlaceOf(tools.programs())).await;
         assert_eq!(converge(&driver, &wish(), &scope()).await, 2);
         assert_eq!(holders(tools).await, (true, false));
     });

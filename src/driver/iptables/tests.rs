@@ -7,7 +7,6 @@ mod programs;
 mod pure;
 mod traffic;
 
-use std::collections::BTreeSet;
 use std::process::Command;
 
 use super::*;
@@ -20,12 +19,7 @@ const NET_V4: &str = "10.42.0.0/16";
 const NET_V6: &str = "2001:db8:42::/56";
 
 pub(in crate::driver) fn scope() -> Scope {
-    Scope {
-        devices: BTreeSet::new(),
-        networks: Stack::Dual(NET_V4.parse().unwrap(), NET_V6.parse().unwrap()),
-        adopt: false,
-        sysctls: BTreeSet::new(),
-    }
+    Scope::new(Stack::Dual(NET_V4.parse().unwrap(), NET_V6.parse().unwrap()))
 }
 
 pub(in crate::driver) fn adopting() -> Scope {
