@@ -108,24 +108,6 @@ impl From<MasqueradeOption> for Masquerade {
     }
 }
 
-/// `--masquerade`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum MasqueradeOption {
-    /// Over netlink, without any program
-    Nftables,
-    /// With the programs of iptables-nft, as flannel's iptables mode (needs the package iptables)
-    Iptables,
-}
-
-impl From<MasqueradeOption> for Masquerade {
-    fn from(option: MasqueradeOption) -> Self {
-        match option {
-            MasqueradeOption::Nftables => Masquerade::Nftables,
-            MasqueradeOption::Iptables => Masquerade::Iptables,
-        }
-    }
-}
-
 /// `--stack`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StackOption {
