@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use podnet_lab::cluster::DOCKER_BRIDGE;
-use podnet_lab::{Host, Netns, Route, services, wait_until};
+use podnet_lab::{Host, Netns, Route, wait_until};
 use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::storm::{Churn, Storm};
@@ -57,7 +57,7 @@ async fn fault_29_what_was_undone_while_events_were_lost_is_back_within_a_second
         while_podnet_sleeps(host.netns(), |host| async move {
             delete_peer_9(&host).await;
             host.set_down(DEVICE).await.unwrap();
-            services::delete_table(&host, "ip podnet").unwrap();
+            podnet_lab::firewall::delete_table(&host, "ip podnet").unwrap();
         });
         storm.blow(2_000);
         let watch = Stopwatch::start(host.netns());
