@@ -123,6 +123,7 @@ impl Backend for TunUdp {
 
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
         let missing = |what: &str| refuse(format!("this node has no {family} {what}"));
+        self.inner_mtu(&view.underlay, family)?;
         let subnet = view.subnet(family).ok_or_else(|| missing("subnet"))?;
         // Where packets leave and come to; the public address of the offer may be that of a NAT.
         let local = view.underlay.address(family).ok_or_else(|| missing("address on the underlay"))?;

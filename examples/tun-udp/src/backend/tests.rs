@@ -3,7 +3,6 @@
 
 use podnet::lease::Offer;
 use podnet::plan::{Desired, Unit};
-use podnet::testkit::conformance::Violation;
 use podnet::types::Stack;
 
 use super::*;
