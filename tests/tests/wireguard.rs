@@ -339,6 +339,28 @@ async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wiregua
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_with_encryption_required_pods_talk_and_without_the_device_nothing_leaves() {
+    if skipped("encryption required").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    for index in 0..2 {
+        cluster.running[index] = Some(spawn(cluster.builder(index).require_encryption(true)).await);
+    }
+    for index in 0..2 {
+        cluster.node(index).until(connected(1)).await;
+    }
+    cluster.assert_pods_talk().await;
+    // Nobody repairs it, and the device goes: the packets go nowhere, and not out by the default route.
+    cluster.running[0].take().unwrap().abort().await;
+    let capture = Capture::start(cluster.host(0), UNDERLAY_INTERFACE).await.unwrap();
+    cluster.host(0).delete_link(&cluster.seats[0].device).await.unwrap();
+    assert_eq!(cluster.answered(0, 1, Family::V4).await, 0);
+    let pod = cluster.pod(1).ip();
+    assert!(capture.report().frames.iter().all(|frame| frame.ip.as_ref().is_none_or(|ip| ip.destination != pod)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_device_carries_both_families_over_one_in_the_other_modes() {
     if skipped("the other modes").await {
         return;

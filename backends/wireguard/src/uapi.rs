@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnetwork::IpNetwork;
 use podnet::driver::DriverError;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use zeroize::Zeroizing;
 
 use crate::device::{Changes, PeerState, State};
@@ -38,7 +39,13 @@ pub(crate) fn is_served(name: &str) -> bool {
 }
 
 fn connect(name: &str) -> io::Result<UnixStream> {
-    let stream = UnixStream::connect(socket(name))?;
+    let address = SocketAddrUnix::new(socket(name))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // It would wait for a daemon that has stopped and whose queue is full.
+    rustix::net::connect(&stream, &address)?;
+    let stream = UnixStream::from(stream);
+    stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)

@@ -182,8 +182,16 @@ fn devices_in_memory_become_as_wanted() {
 
 /// Runs a test on the system's devices in a network namespace of its own, with a name that no other test has; or says why not.
 fn on_the_system(test: &str, psk: Option<PresharedKey>, body: impl FnOnce(&System, PublicKey, &str) + Send + 'static) {
+    with_keys(test, PrivateKey::generate(), psk, body);
+}
+
+fn with_keys(
+    test: &str,
+    private: PrivateKey,
+    psk: Option<PresharedKey>,
+    body: impl FnOnce(&System, PublicKey, &str) + Send + 'static,
+) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let private = PrivateKey::generate();
     let device = format!("pw{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let test = test.to_owned();
     let thread = std::thread::spawn(move || {
@@ -485,6 +493,35 @@ fn without_a_module_and_without_a_program_it_says_what_is_missing_and_what_can_b
     };
     check(Userspace::Forbidden, &["wgnone", "load the module wireguard", "wireguard-go"]);
     check(Userspace::program("/nowhere/boringtun"), &["/nowhere/boringtun", "install it", "module"]);
+}
+
+#[test]
+fn case_22_what_is_read_from_devices_planned_done_and_refused_tells_no_secret() {
+    use crate::tests::secrets::{OWN, PSK, search};
+    with_keys("secrets on devices", OWN.parse().unwrap(), PSK.parse().ok(), |system, own, device| {
+        let mut rig = Rig::new(system, own, device, 51_820);
+        rig.want(1, subnet(1), Some(Peer { psk: Psk::Configured, ..peer(1) }));
+        let plan = rig.converge();
+        let observed = rig.observe();
+        assert_eq!(rig.state().peers[&key(1)].psk, Psk::Configured, "both secrets are on the device");
+        search(
+            "the driver's view",
+            &format!("{plan} {plan:?} {observed:?} {:?} {:?} {system:?}", rig.state(), rig.memory),
+        );
+        let link = system.find(&rig.device).unwrap().unwrap();
+        let statistics: Vec<PeerStatistics> =
+            rig.state().peers.iter().map(|(key, peer)| PeerStatistics::of(&rig.device, *key, peer)).collect();
+        search("statistics", &format!("{statistics:?} {}", statistics[0]));
+        // Refusals: a port in use, and a device that is gone.
+        let squatter = std::net::UdpSocket::bind("0.0.0.0:51900").unwrap();
+        let refused = system.set_up(&link, 51_900, 1380).unwrap_err();
+        drop(squatter);
+        rig.desired = Desired::new();
+        rig.converge();
+        let gone = system.read(&link).unwrap_err();
+        let lost = system.change(&link, &Changes::default()).err();
+        search("errors", &format!("{refused} {refused:?} {gone} {gone:?} {lost:?}"));
+    });
 }
 
 mod conformance;
