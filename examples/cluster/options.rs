@@ -75,6 +75,8 @@ pub(crate) enum BackendOption {
     VxlanDirect,
     /// Plain routes alone: for nodes of one Ethernet
     HostGw,
+    /// One that is no part of podnet: IP in UDP, carried by the process (needs /dev/net/tun)
+    Custom,
 }
 
 impl From<BackendOption> for DemoBackend {
@@ -83,6 +85,7 @@ impl From<BackendOption> for DemoBackend {
             BackendOption::Vxlan => DemoBackend::Vxlan,
             BackendOption::VxlanDirect => DemoBackend::VxlanDirect,
             BackendOption::HostGw => DemoBackend::HostGw,
+            BackendOption::Custom => DemoBackend::Custom,
         }
     }
 }

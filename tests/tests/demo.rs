@@ -2,6 +2,8 @@
 //!
 //! They need the right to make network namespaces: run them as root, or `unshare -Urn cargo test -p podnet-tests`.
 
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -101,6 +103,10 @@ fn expected(crossing: Crossing) -> Expected {
             ],
             never: &["podnet says why"],
         },
+        Crossing::Udp => Expected {
+            of_a_family: &["every pod reaches every pod", "on the wire it is UDP"],
+            never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
+        },
         Crossing::Plain => Expected {
             of_a_family: &["every pod reaches every pod", "on the wire it is as sent"],
             never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
@@ -113,7 +119,11 @@ fn expected(crossing: Crossing) -> Expected {
 }
 
 /// Whether this machine has what the demo needs of it.
-fn possible(masquerade: Masquerade) -> Result<(), String> {
+fn possible(backend: DemoBackend, masquerade: Masquerade) -> Result<(), String> {
+    if backend == DemoBackend::Custom {
+        let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
+        tun.map_err(|error| format!("/dev/net/tun cannot be opened: {error}"))?;
+    }
     if masquerade == Masquerade::Iptables {
         iptables_nft().map_err(|error| error.to_string())?;
     }
@@ -124,7 +134,7 @@ fn possible(masquerade: Masquerade) -> Result<(), String> {
 /// that is skipped, and nothing else.
 async fn every_line_holds(spec: DemoSpec) {
     let DemoSpec { backend, families, masquerade, .. } = spec;
-    if let Err(why) = possible(masquerade) {
+    if let Err(why) = possible(backend, masquerade) {
         println!("skipped: the demo with {backend} and {masquerade:?}: {why}");
         return;
     }
@@ -135,7 +145,7 @@ async fn every_line_holds(spec: DemoSpec) {
     assert_eq!(findings.last().map(|finding| finding.part), Some(Part::Removal), "it went to the end");
     assert!(skipped.iter().all(|finding| finding.seen == "needs nodes that reach each other"), "{skipped:?}");
     let needing_others = match spec.crossing() {
-        Crossing::Vxlan | Crossing::Plain => 0,
+        Crossing::Vxlan | Crossing::Udp | Crossing::Plain => 0,
         // Size, wire, throughput, pod to pod, DNS, a route; and the restart.
         Crossing::Nowhere => 6 * families.families().count() + 1,
     };
@@ -147,7 +157,7 @@ async fn every_line_holds(spec: DemoSpec) {
     // Plain routes go with the underlay's link, and IPv6 addresses do.
     let link_matters = match spec.crossing() {
         Crossing::Plain => true,
-        Crossing::Vxlan => families.has(Family::V6),
+        Crossing::Vxlan | Crossing::Udp => families.has(Family::V6),
         Crossing::Nowhere => false,
     };
     wanted.extend(link_matters.then(|| "ens4 set down and up".to_owned()));
@@ -164,9 +174,10 @@ async fn every_line_holds(spec: DemoSpec) {
                 (_, _, Stack::V6(()) | Stack::Dual((), ())) => format!("{claim}, {family}"),
             });
         }
-        if let Some(device) = backend.device(family) {
-            wanted.extend([format!("{device} set down and up"), format!("{device} deleted")]);
-        }
+    }
+    let devices: BTreeSet<_> = families.families().filter_map(|family| backend.device(family)).collect();
+    for device in devices {
+        wanted.extend([format!("{device} set down and up"), format!("{device} deleted")]);
     }
     for claim in &wanted {
         assert!(claims.contains(&claim.as_str()), "{claim} is not told: {claims:#?}");
@@ -204,6 +215,12 @@ every_line_of_the_demo_holds! {
     every_line_holds_with_host_gw_in_ipv6_on_one_ethernet: HostGw, V6, Lan;
     with_host_gw_nobody_is_reached_in_either_family_on_googles_cloud_and_the_demo_says_so: HostGw, DUAL, Gcp;
     every_line_holds_with_host_gw_in_both_families_on_one_ethernet: HostGw, DUAL, Lan;
+    every_line_holds_with_a_custom_backend_in_ipv4_on_googles_cloud: Custom, V4, Gcp;
+    every_line_holds_with_a_custom_backend_in_ipv4_on_one_ethernet: Custom, V4, Lan;
+    every_line_holds_with_a_custom_backend_in_ipv6_on_googles_cloud: Custom, V6, Gcp;
+    every_line_holds_with_a_custom_backend_in_ipv6_on_one_ethernet: Custom, V6, Lan;
+    every_line_holds_with_a_custom_backend_in_both_families_on_googles_cloud: Custom, DUAL, Gcp;
+    every_line_holds_with_a_custom_backend_in_both_families_on_one_ethernet: Custom, DUAL, Lan;
 }
 
 /// The firewall is independent of backend and underlay: both families once with an encapsulation and once with plain routes.

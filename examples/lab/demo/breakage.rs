@@ -30,10 +30,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Breaks one thing after the other, in each family of the cluster.
 pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let part = Part::Repair;
+    // A device of both families is broken once.
+    let mut broken = Vec::new();
     for family in cluster.spec().families.families() {
         let named = |claim: &str| cluster.named(claim, family);
         stage.show(part, &named("a route deleted"), route(cluster, family)).await;
-        if let Some(device) = cluster.spec().backend.device(family) {
+        if let Some(device) = cluster.spec().backend.device(family).filter(|device| !broken.contains(device)) {
+            broken.push(device);
             let on = Overlay { cluster, family, device };
             if cluster.crossing() == Crossing::Vxlan {
                 stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
@@ -44,10 +47,10 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
         }
         stage.show(part, &named(cluster.spec().masquerade.breakage()), rules(cluster, family)).await;
     }
-    // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of VXLAN over IPv4 it takes nothing.
+    // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of encapsulation over IPv4 it takes nothing.
     let takes_something = match cluster.crossing() {
         Crossing::Plain => true,
-        Crossing::Vxlan => cluster.spec().families.has(Family::V6),
+        Crossing::Vxlan | Crossing::Udp => cluster.spec().families.has(Family::V6),
         Crossing::Nowhere => false,
     };
     if takes_something {
@@ -73,13 +76,15 @@ async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
 }
 
 /// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
-struct HostConfiguration {
+#[derive(Debug, Clone)]
+pub struct HostConfiguration {
     addresses: Vec<IpNetwork>,
     routes: Vec<Route>,
 }
 
 impl HostConfiguration {
-    async fn of(host: &Host) -> Result<Self, LabError> {
+    /// As it is now.
+    pub async fn of(host: &Host) -> Result<Self, LabError> {
         let addresses = host.addresses(UNDERLAY_INTERFACE).await?.into_iter();
         let mut routes = Vec::new();
         for family in Family::BOTH {
@@ -92,7 +97,8 @@ impl HostConfiguration {
         Ok(Self { addresses: addresses.filter(|address| !is_link_local(address.ip())).collect(), routes })
     }
 
-    async fn restore(&self, host: &Host) -> Result<(), LabError> {
+    /// Brings back what is missing, once the link carries packets.
+    pub async fn restore(&self, host: &Host) -> Result<(), LabError> {
         host.wait_ready(UNDERLAY_INTERFACE, DEADLINE).await?;
         // The kernel keeps IPv4 addresses over a down, and no IPv6 address.
         let there = host.addresses(UNDERLAY_INTERFACE).await?;
@@ -182,6 +188,7 @@ impl Overlay<'_> {
         let took = repair(self.cluster, shake, || NodeState::of(host)).await?;
         let with_it = match self.cluster.crossing() {
             Crossing::Vxlan => "its address, neighbours, routes",
+            Crossing::Udp => "its addresses, routes",
             Crossing::Plain | Crossing::Nowhere => "its address",
         };
         self.repaired(took, with_it).await
@@ -192,12 +199,12 @@ impl Overlay<'_> {
         let before = host.link(device).await?;
         let took = repair(self.cluster, host.delete_link(device), || NodeState::of(host)).await?;
         let after = host.link(device).await?;
-        let same = before.mac == after.mac && before.mac.is_some();
-        let text = format!(
-            "made anew with {} MAC {}",
-            if same { "the same" } else { "ANOTHER" },
-            after.mac.map(mac).unwrap_or_default()
-        );
+        let same = before.mac == after.mac;
+        let text = match after.mac {
+            Some(after) if same => format!("made anew with the same MAC {}", mac(after)),
+            Some(after) => format!("made anew with ANOTHER MAC {}", mac(after)),
+            None => "made anew".to_owned(),
+        };
         let seen = self.repaired(took, &text).await?;
         if !same || before.index == after.index {
             return Ok(Seen::new(false, format!("{text} (index {} before, {} after)", before.index, after.index)));

@@ -374,15 +374,53 @@ impl<'a> Run<'a> {
             }
         }
         let answers = self.core.requester.transact(&mut messages).await;
-        let mut contested = Vec::new();
+        let (mut contested, mut misled) = (Vec::new(), Vec::new());
         for (sent, answer) in sent.into_iter().zip(answers) {
             match answer {
                 Err(trouble) if may_exist(sent.step, &trouble) => contested.push((sent, trouble)),
+                Err(trouble) if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Replace)),
                 answer => self.heard(&sent, answer),
             }
         }
         if !contested.is_empty() {
-            self.contest(contested, &objects).await;
+            self.contest(contested, &objects, &mut misled).await;
+        }
+        if !misled.is_empty() {
+            self.lead(misled).await;
+        }
+    }
+
+    /// Sets IPv6 routes whose gateway, by the routes that are there, is on another device: the kernel refuses those even where they
+    /// are to take the place of the route that says so (`ip6_route_check_nh_onlink`). For the moment of the change, a route of its
+    /// own says where each gateway is; so there is no moment without a route. One that was left is found as any other of ours.
+    async fn lead(&mut self, misled: Vec<(Sent<'a>, Mode)>) {
+        let mut messages = Messages::new();
+        let mut led = Vec::with_capacity(misled.len());
+        for (sent, mode) in misled {
+            let Some((route, device, address)) = onlink_route_v6(sent.step) else { continue };
+            let index = match self.index(device) {
+                Ok(index) => index,
+                Err(trouble) => {
+                    self.heard(&sent, Err(trouble));
+                    continue;
+                }
+            };
+            let way = Route {
+                destination: IpNetwork::from(address),
+                metric: Route::default_metric(Family::V6),
+                next: NextHop::Device(device.clone()),
+            };
+            route::set(&mut messages, Mode::Create, &way, Way::Device(index));
+            route::set(&mut messages, mode, route, Way::Gateway { index, address, onlink: true });
+            route::delete(&mut messages, &way);
+            led.push(sent);
+        }
+        let mut answers = self.core.requester.transact(&mut messages).await.into_iter();
+        for sent in led {
+            // Where the first could not be set, the second is refused as before.
+            if let (Some(_), Some(set), Some(deleted)) = (answers.next(), answers.next(), answers.next()) {
+                self.heard(&sent, set.and(absent_is_done(deleted)));
+            }
         }
     }
 
@@ -479,8 +517,13 @@ impl<'a> Run<'a> {
     }
 
     /// Routes that were to be new and are there: fine if they are ours, replaced if ours and different, left alone if
-    /// somebody else's.
-    async fn contest(&mut self, contested: Vec<(Sent<'a>, Trouble)>, objects: &Objects) {
+    /// somebody else's. Those that are refused for their gateway are added to `misled`.
+    async fn contest(
+        &mut self,
+        contested: Vec<(Sent<'a>, Trouble)>,
+        objects: &Objects,
+        misled: &mut Vec<(Sent<'a>, Mode)>,
+    ) {
         let families: BTreeSet<Family> = contested
             .iter()
             .filter_map(|(sent, _)| match subject(sent.step) {
@@ -536,6 +579,7 @@ impl<'a> Run<'a> {
                 Some(raw) if observe::route_object(raw, &names) == *route => {
                     self.heard(&Sent { id: raw.nexthop, ..sent }, Ok(()));
                 }
+                None if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Create)),
                 // It was not that which kept it out.
                 None if trouble.errno() != Some(Errno::EXIST) => self.heard(&sent, Err(trouble)),
                 // Ours and different; or gone meanwhile, and then a replacement creates it.
@@ -547,7 +591,10 @@ impl<'a> Run<'a> {
         }
         let answers = self.core.requester.transact(&mut messages).await;
         for (sent, answer) in again.into_iter().zip(answers) {
-            self.heard(&sent, answer);
+            match answer {
+                Err(trouble) if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Replace)),
+                answer => self.heard(&sent, answer),
+            }
         }
     }
 
@@ -762,6 +809,22 @@ fn may_exist(step: &Step, trouble: &Trouble) -> bool {
         Some(Errno::EXIST) => true,
         Some(Errno::INVAL) => route.destination.is_ipv6(),
         _ => false,
+    }
+}
+
+/// Whether an IPv6 route was refused because others lead to its gateway over another device.
+fn is_misled(step: &Step, trouble: &Trouble) -> bool {
+    trouble.errno() == Some(Errno::INVAL) && onlink_route_v6(step).is_some()
+}
+
+/// The route that a step makes, its device and its gateway, if it is IPv6 and takes the gateway as directly reachable.
+fn onlink_route_v6(step: &Step) -> Option<(&Route, &DeviceName, IpAddr)> {
+    match step.outcome()? {
+        Object::Route(route) => match &route.next {
+            NextHop::Gateway { device, address, onlink: true } if address.is_ipv6() => Some((route, device, *address)),
+            _ => None,
+        },
+        _ => None,
     }
 }
 
