@@ -3,6 +3,7 @@
 //! The tests of `tests/kernel_*.rs` stand on it. It never waits for a length of time in the hope that something has
 //! happened, and never touches a namespace that it did not make.
 
+pub mod etcd;
 pub mod eye;
 pub mod monitor;
 pub mod nft;
