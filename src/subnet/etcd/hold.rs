@@ -287,7 +287,7 @@ impl Inner {
                     }
                     return Ok(held);
                 }
-                Answer::Good(Outcome::Otherwise(Some(kv))) => self.owners.see(node, &kv),
+                Answer::Good(Outcome::Otherwise(Some(kv))) => self.owners.see_now(node, &kv),
                 Answer::Good(Outcome::Otherwise(None)) => self.owners.see_gone(node, &held.key, i64::MAX),
                 // The etcd lease ended, and the key with it.
                 Answer::NoSuchLease => self.owners.see_gone(node, &held.key, i64::MAX),

@@ -16,7 +16,7 @@ use crate::types::Secret;
 ///     .prefix("/coreos.com/network");
 /// assert!(!format!("{options:?}").contains("hunter2"));
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct EtcdOptions {
     pub(super) endpoints: Vec<String>,
     pub(super) prefix: String,
@@ -25,6 +25,23 @@ pub struct EtcdOptions {
     pub(super) plain_http: bool,
     pub(super) term: Duration,
     pub(super) deadline: Duration,
+}
+
+impl fmt::Debug for EtcdOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let EtcdOptions { endpoints, prefix, tls, user, plain_http, term, deadline } = self;
+        // An endpoint with a user in it is refused, but only later.
+        let endpoints: Vec<&str> = endpoints.iter().map(|e| if e.contains('@') { "(not shown)" } else { e }).collect();
+        f.debug_struct("EtcdOptions")
+            .field("endpoints", &endpoints)
+            .field("prefix", prefix)
+            .field("tls", tls)
+            .field("user", &user.as_ref().map(|(name, _)| name))
+            .field("plain_http", plain_http)
+            .field("term", term)
+            .field("deadline", deadline)
+            .finish()
+    }
 }
 
 /// The certificates for TLS, as PEM texts that the embedder has read. TLS 1.2 or later; the server's certificate is always checked.
@@ -77,7 +94,8 @@ impl EtcdOptions {
         self
     }
 
-    /// User and password of etcd's own authentication.
+    /// User and password of etcd's own authentication. The client that speaks to etcd keeps a copy of the password while the store lives,
+    /// which is not wiped.
     pub fn user(mut self, name: impl Into<String>, password: Secret) -> Self {
         self.user = Some((name.into(), password));
         self

@@ -1,7 +1,7 @@
 //! What each node of this process holds in etcd, as far as this process knows: shared between its calls and its watches. One
 //! synchronous state behind one lock that is never held over an await; it asks etcd nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::client::{Kv, Listing};
-use super::value::{Value, identity};
+use super::value::{Identity, Value, identity};
 use crate::lease::{Lease, Offer, OwnLease, Precedence};
 use crate::subnet::{OwnedLease, SubnetError};
 use crate::types::{NodeName, Stack};
@@ -65,6 +65,10 @@ impl Held {
     }
 }
 
+/// The keys that are a node's own: for a key that it held before, only as it was then (when it was created, and its address), since
+/// somebody else may have it now.
+pub(super) type OwnKeys = BTreeMap<String, Option<(i64, Identity)>>;
+
 /// Who came first is who created the key first.
 pub(super) fn precedence(create_revision: i64, key: &str) -> Precedence {
     Precedence { since: u64::try_from(create_revision).unwrap_or(0), identity: key.to_owned() }
@@ -73,6 +77,8 @@ pub(super) fn precedence(create_revision: i64, key: &str) -> Precedence {
 #[derive(Debug, Default)]
 struct Own {
     held: Option<Held>,
+    /// The key that it held before: a watch may still have to read of its end.
+    before: Option<Held>,
     /// The key that a transaction under way creates, if it can.
     claiming: Option<String>,
     /// The value that a transaction under way writes.
@@ -102,12 +108,13 @@ impl Owners {
         self.changed.subscribe()
     }
 
-    /// The keys of a node: the one it holds, and the one that it is about to create.
-    pub(super) fn keys(&self, node: &NodeName) -> BTreeSet<String> {
+    /// The keys of a node: the one it holds, the one that it is about to create, and the one that it held before.
+    pub(super) fn keys(&self, node: &NodeName) -> OwnKeys {
         let nodes = self.lock();
-        let own = nodes.get(node);
-        let held = own.and_then(|own| own.held.as_ref()).map(|held| held.key.clone());
-        held.into_iter().chain(own.and_then(|own| own.claiming.clone())).collect()
+        let Some(own) = nodes.get(node) else { return OwnKeys::new() };
+        let before = own.before.iter().map(|h| (h.key.clone(), Some((h.create_revision, identity(&h.underlay)))));
+        let now = own.held.iter().map(|h| h.key.clone()).chain(own.claiming.clone()).map(|key| (key, None));
+        before.chain(now).collect()
     }
 
     pub(super) fn held(&self, node: &NodeName) -> Result<Held, SubnetError> {
@@ -129,7 +136,10 @@ impl Owners {
                     now.expires = held.expires;
                 }
             }
-            _ => own.held = Some(held),
+            now => {
+                let before = now.replace(held);
+                own.before = before.filter(|b| own.held.as_ref().is_some_and(|h| h.key != b.key)).or(own.before.take());
+            }
         }
         own.releasing = false;
         drop(nodes);
@@ -157,15 +167,27 @@ impl Owners {
     }
 
     pub(super) fn forget(&self, node: &NodeName) {
-        self.lock().remove(node);
-        self.changed.send_replace(());
+        self.lose(self.lock(), node);
+        if let Some(own) = self.lock().get_mut(node) {
+            own.releasing = false;
+        }
     }
 
     /// What stands under a key now. What that means for the node, if it is the node's key and later than what is known.
     pub(super) fn see(&self, node: &NodeName, kv: &Kv) -> Option<OwnLease> {
+        self.take_in(node, kv, |held| held < kv.mod_revision)
+    }
+
+    /// As [`see`](Self::see), of what etcd answered just now: true whatever its revision. Revisions go back where etcd was restored
+    /// from a copy.
+    pub(super) fn see_now(&self, node: &NodeName, kv: &Kv) -> Option<OwnLease> {
+        self.take_in(node, kv, |_| true)
+    }
+
+    fn take_in(&self, node: &NodeName, kv: &Kv, is_news: impl Fn(i64) -> bool) -> Option<OwnLease> {
         let mut nodes = self.lock();
         let own = nodes.get_mut(node)?;
-        let held = own.held.as_mut().filter(|held| held.key == kv.key && held.mod_revision < kv.mod_revision)?;
+        let held = own.held.as_mut().filter(|held| held.key == kv.key && is_news(held.mod_revision))?;
         let value = Value::decode(&kv.value);
         let text = String::from_utf8_lossy(&kv.value).into_owned();
         let ours = text == held.text || own.writing.as_ref() == Some(&text);
@@ -192,7 +214,7 @@ impl Owners {
     /// The node holds nothing any more. Whether that is news.
     fn lose(&self, mut nodes: MutexGuard<'_, BTreeMap<NodeName, Own>>, node: &NodeName) -> bool {
         let news = nodes.get_mut(node).is_some_and(|own| {
-            own.held = None;
+            own.before = own.held.take().or(own.before.take());
             !own.releasing
         });
         drop(nodes);

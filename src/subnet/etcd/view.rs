@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 
 use super::client::{Change, Kv};
-use super::own::precedence;
+use super::own::{OwnKeys, precedence};
 use super::value::{Identity, Value};
 use crate::flannel::subnet_key;
 use crate::lease::{Lease, LeaseEvent};
@@ -39,19 +39,19 @@ pub(super) struct View {
     groups: BTreeMap<Identity, BTreeSet<(i64, String)>>,
     told: BTreeMap<Identity, BTreeMap<NodeName, Lease>>,
     /// The node's own keys, of which nothing is told here.
-    own: BTreeSet<String>,
+    own: OwnKeys,
     /// Keys that were passed over.
     pub(super) unreadable: u64,
 }
 
 impl View {
-    pub(super) fn new(node: NodeName, kvs: Vec<Kv>, own: BTreeSet<String>) -> Self {
+    pub(super) fn new(node: NodeName, kvs: Vec<Kv>, own: OwnKeys) -> Self {
         let mut view = View {
             node,
             keys: BTreeMap::new(),
             groups: BTreeMap::new(),
             told: BTreeMap::new(),
-            own: BTreeSet::new(),
+            own: OwnKeys::new(),
             unreadable: 0,
         };
         // The differences from nothing.
@@ -67,7 +67,7 @@ impl View {
     }
 
     /// Takes changes in, and says what became different.
-    pub(super) fn apply(&mut self, changes: Vec<Change>, own: BTreeSet<String>) -> Vec<LeaseEvent> {
+    pub(super) fn apply(&mut self, changes: Vec<Change>, own: OwnKeys) -> Vec<LeaseEvent> {
         let mut touched = BTreeSet::new();
         for change in changes {
             let (key, entry) = match change {
@@ -79,7 +79,7 @@ impl View {
             };
             touched.extend(self.put(key, entry));
         }
-        for key in self.own.symmetric_difference(&own) {
+        for key in self.own.keys().chain(own.keys()).filter(|key| self.own.get(*key) != own.get(*key)) {
             touched.extend(self.keys.get(key).map(|entry| entry.value.identity()));
         }
         self.own = own;
@@ -111,6 +111,14 @@ impl View {
         touched
     }
 
+    fn is_own(&self, key: &str, entry: &Entry) -> bool {
+        match self.own.get(key) {
+            None => false,
+            Some(None) => true,
+            Some(Some((created, identity))) => entry.create_revision == *created && entry.value.identity() == *identity,
+        }
+    }
+
     fn pass_over(&mut self, key: &str, reason: &str) {
         self.unreadable += 1;
         tracing::debug!(key, reason, "a key in etcd is passed over");
@@ -120,8 +128,8 @@ impl View {
     fn tell(&mut self, identity: Identity) -> Vec<LeaseEvent> {
         let mut now = BTreeMap::new();
         let keys = self.groups.get(&identity).into_iter().flatten();
-        let entries =
-            keys.filter(|(_, key)| !self.own.contains(key)).filter_map(|(_, key)| Some((key, self.keys.get(key)?)));
+        let entries = keys.filter_map(|(_, key)| Some((key, self.keys.get(key)?)));
+        let entries = entries.filter(|(key, entry)| !self.is_own(key, entry));
         for (key, entry) in entries {
             let plain = identity.to_string().parse::<NodeName>();
             let name = plain.ok().filter(|name| *name != self.node && !now.contains_key(name));
@@ -178,11 +186,15 @@ mod tests {
     }
 
     fn view() -> View {
-        View::new("me".parse().unwrap(), Vec::new(), BTreeSet::new())
+        View::new("me".parse().unwrap(), Vec::new(), none())
     }
 
-    fn none() -> BTreeSet<String> {
-        BTreeSet::new()
+    fn none() -> OwnKeys {
+        OwnKeys::new()
+    }
+
+    fn own(subnet: u8) -> OwnKeys {
+        OwnKeys::from([(key(subnet), None)])
     }
 
     /// `name subnet` of what is there now, `-name` of what is gone.
@@ -225,13 +237,24 @@ mod tests {
     #[test]
     fn a_nodes_own_key_is_never_told_and_one_that_it_lost_is() {
         let mut view = view();
-        let own = BTreeSet::from([key(1)]);
-        assert_eq!(said(view.apply(vec![put(1, 103, 5), put(2, 101, 6)], own)), ["10.240.0.101 10.5.2.0/24"]);
+        assert_eq!(said(view.apply(vec![put(1, 103, 5), put(2, 101, 6)], own(1))), ["10.240.0.101 10.5.2.0/24"]);
         assert_eq!(said(view.apply(Vec::new(), none())), ["10.240.0.103 10.5.1.0/24"]);
-        assert_eq!(said(view.apply(Vec::new(), BTreeSet::from([key(1)]))), ["-10.240.0.103"]);
+        assert_eq!(said(view.apply(Vec::new(), own(1))), ["-10.240.0.103"]);
         let mut called_by_address = View::new("10.240.0.103".parse().unwrap(), Vec::new(), none());
         let events = called_by_address.apply(vec![put(1, 103, 5)], none());
         assert_eq!(said(events), ["10.240.0.103+10.5.1.0/24 10.5.1.0/24"], "nobody else gets the watcher's name");
+    }
+
+    #[test]
+    fn a_key_that_was_the_nodes_own_is_told_once_it_is_anothers() {
+        let before = || OwnKeys::from([(key(1), Some((5, [10, 240, 0, 103].into())))]);
+        let mut view = view();
+        view.apply(vec![put(1, 103, 5)], own(1));
+        assert_eq!(said(view.apply(Vec::new(), before())), [""; 0], "released, and its end is still to be read");
+        assert_eq!(said(view.apply(vec![delete(1)], before())), [""; 0]);
+        assert_eq!(said(view.apply(vec![put(1, 101, 8)], before())), ["10.240.0.101 10.5.1.0/24"], "created anew");
+        view.apply(vec![delete(1), put(1, 103, 5)], own(1));
+        assert_eq!(said(view.apply(vec![put(1, 102, 5)], before())), ["10.240.0.102 10.5.1.0/24"], "overwritten");
     }
 
     #[test]
@@ -265,7 +288,7 @@ mod tests {
                     keys.insert(subnet, (address, created));
                     put(subnet, address, created)
                 };
-                own = own_subnet.map(key).into_iter().collect();
+                own = own_subnet.map(|subnet| (key(subnet), None)).into_iter().collect();
                 for event in view.apply(vec![change], own.clone()) {
                     match event {
                         LeaseEvent::Upsert(lease) => drop(believed.insert(lease.node.clone(), lease)),
