@@ -267,6 +267,22 @@ async fn changes_that_etcd_has_forgotten_are_made_good_by_a_new_snapshot() {
 }
 
 #[tokio::test]
+async fn a_deletion_at_the_very_revision_that_is_compacted_to_is_told() {
+    if missing("compacted_to") {
+        return;
+    }
+    let (etcd, prefix) = (Etcd::single().await, "/compacted-to");
+    let mut eye = configured(&etcd, prefix).await;
+    let (k, v) = peer(prefix, 1);
+    eye.put(&k, &v, None).await;
+    let mut watch = etcd.store(prefix).watch(&name("node-1")).await.unwrap();
+    assert_eq!(snapshot(&mut watch).await.len(), 1);
+    eye.delete(&k).await;
+    eye.compact().await;
+    assert!(snapshot(&mut watch).await.is_empty());
+}
+
+#[tokio::test]
 async fn a_cut_connection_with_changes_and_a_compaction_meanwhile_ends_in_what_is_true() {
     if missing("cut") {
         return;

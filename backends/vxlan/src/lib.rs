@@ -25,7 +25,7 @@ use ipnetwork::IpNetwork;
 use podnet::backend::{
     AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext, Reach, Underlay, Unreachable,
 };
-use podnet::lease::{BackendData, BackendKind, Endpoint};
+use podnet::lease::{BackendData, BackendKind, Endpoint, InvalidBackendData};
 use podnet::plan::{Address, Fdb, Link, LinkKind, Neighbour, NextHop, Object, Route};
 use podnet::types::{DeviceName, Family, MacAddr, Mtu};
 
@@ -64,7 +64,7 @@ impl Backend for Vxlan {
     }
 
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
-        let data: VtepData = endpoint.data.decode().map_err(|e| e.to_string())?;
+        let data: VtepData = endpoint.data.decode().map_err(|e| told(&e))?;
         if !data.mac.is_usable() {
             return Err(format!("VtepMAC {} is not the address of one host", data.mac));
         }
@@ -81,7 +81,7 @@ impl Backend for Vxlan {
         let local = view.underlay.address(family).ok_or_else(|| missing("address on the underlay"))?;
         let subnet = view.subnet(family).ok_or_else(|| missing("subnet"))?;
         let endpoint = view.offer.endpoint(family).ok_or_else(|| missing("endpoint in its offer"))?;
-        let data: VtepData = endpoint.data.decode().map_err(|e| refuse(e.to_string()))?;
+        let data: VtepData = endpoint.data.decode().map_err(|e| refuse(told(&e)))?;
         let address = host_network(subnet.network());
         Ok(vec![
             Object::Link(Link {
@@ -109,7 +109,7 @@ impl Backend for Vxlan {
         }
         let unreachable = |reason: String| Unreachable { reason };
         let device = self.device(peer.family()).map_err(|e| unreachable(e.to_string()))?;
-        let data: VtepData = peer.endpoint.data.decode().map_err(|e| unreachable(e.to_string()))?;
+        let data: VtepData = peer.endpoint.data.decode().map_err(|e| unreachable(told(&e)))?;
         let vtep = peer.subnet.network();
         // The route last: before the neighbour is there, the kernel would send ARP for it into the tunnel.
         Ok(vec![
@@ -168,6 +168,11 @@ impl Vxlan {
 
 fn refuse(reason: String) -> BackendError {
     BackendError { backend: KIND, reason }
+}
+
+/// What is wrong with a peer's data, which it may quote: short enough for a status.
+fn told(error: &InvalidBackendData) -> String {
+    error.to_string().chars().take(256).collect()
 }
 
 /// An address as a network of one host.

@@ -283,30 +283,39 @@ impl Etcd {
         }
     }
 
+    /// Asks one member; once more where the connection that was there already is broken, which is only seen when it is used.
     async fn ask<T, F: Future<Output = Result<T, Error>>>(
         &self,
         member: &Member,
         request: impl Fn(Client) -> F,
     ) -> Result<T, Failure> {
-        let asked = async {
-            let client = self.client(member).await?;
-            self.requests.fetch_add(1, Ordering::Relaxed);
-            request(client).await.map_err(|error| failure(&error))
-        };
-        let answer = timeout(self.deadline, asked).await;
-        let answer = answer.unwrap_or_else(|_| Err(Failure::Member(format!("no answer within {:?}", self.deadline))));
-        if let Err(Failure::Member(_)) = &answer
-            && let Ok(mut client) = member.client.try_lock()
-        {
-            *client = None;
+        let silent = || Failure::Member(format!("no answer within {:?}", self.deadline));
+        let begun = Instant::now();
+        loop {
+            let mut reused = false;
+            let asked = async {
+                let (client, is_reused) = self.client(member).await?;
+                reused = is_reused;
+                self.requests.fetch_add(1, Ordering::Relaxed);
+                request(client).await.map_err(|error| failure(&error))
+            };
+            let left = self.deadline.saturating_sub(begun.elapsed());
+            let answer = timeout(left, asked).await.unwrap_or_else(|_| Err(silent()));
+            let Err(Failure::Member(_)) = &answer else { return answer };
+            if let Ok(mut client) = member.client.try_lock() {
+                *client = None;
+            }
+            if !reused || begun.elapsed() >= self.deadline {
+                return answer;
+            }
         }
-        answer
     }
 
-    async fn client(&self, member: &Member) -> Result<Client, Failure> {
+    /// A client, and whether it was there already.
+    async fn client(&self, member: &Member) -> Result<(Client, bool), Failure> {
         let mut held = member.client.lock().await;
         if let Some(client) = &*held {
-            return Ok(client.clone());
+            return Ok((client.clone(), true));
         }
         // Without a user this sends nothing: a failure is one of the options.
         let made = Client::connect([&member.endpoint], Some(self.connect.clone())).await;
@@ -320,7 +329,7 @@ impl Etcd {
             _ => failure(&error),
         })?;
         *held = Some(client.clone());
-        Ok(client)
+        Ok((client, false))
     }
 }
 
