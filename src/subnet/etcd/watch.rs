@@ -30,8 +30,8 @@ pub(super) struct Watch {
     inner: Arc<Inner>,
     node: NodeName,
     view: View,
-    /// The revision of the snapshot. The watch begins with it once more, and not after it: before 3.4.36 etcd loses a deletion at the
-    /// very revision that was compacted to, and says nothing (etcd issue 19179).
+    /// The revision of the snapshot. The watch begins with it once more, and not after it: etcd 3.4 was seen to lose a deletion at the very
+    /// revision that was compacted to, and to say nothing (etcd issue 18089).
     from: i64,
     changes: Option<Changes>,
     opened: Instant,
