@@ -60,7 +60,7 @@
 //! |---|---|---|
 //! | `podnet` | the core: leases, admission, plan, drivers for netlink, nftables and sysctl, the engine | tokio, rtnetlink |
 //! | feature `etcd` | leases in etcd, as flannel keeps them (`subnet::etcd`) | etcd-client with rustls; `protoc` to build it |
-| feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
+//! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
 //! | `podnet-vxlan` | the VXLAN backend | nothing more |
 //!
 //! # What it never does
