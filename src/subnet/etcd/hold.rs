@@ -41,8 +41,8 @@ impl Inner {
         };
         for round in 1..=ROUNDS {
             let listing = self.etcd.list(&self.subnets).await?;
-            if let Some(held) = self.acquire_from(request, ranges, listing).await? {
-                return Ok(self.owners.hold(&request.node, held));
+            if let Some(owned) = self.acquire_from(request, ranges, listing).await? {
+                return Ok(owned);
             }
             sleep(self.up_to(PAUSE.saturating_mul(round.min(10)))).await;
         }
@@ -58,7 +58,7 @@ impl Inner {
         request: &LeaseRequest,
         ranges: &Ranges,
         listing: Listing,
-    ) -> Result<Option<Held>, SubnetError> {
+    ) -> Result<Option<OwnedLease>, SubnetError> {
         let me = identity(&request.underlay);
         let (mut mine, mut taken) = (Vec::new(), Taken::default());
         for kv in listing.kvs {
@@ -73,7 +73,10 @@ impl Inner {
         mine.sort_by_key(|(kv, _)| (held.as_ref().is_none_or(|h| h.key != kv.key), kv.create_revision, kv.key.clone()));
         let (fit, unfit): (Vec<_>, Vec<_>) = mine.into_iter().partition(|(_, entry)| fits(ranges, &entry.subnets));
         match fit.into_iter().next() {
-            Some((kv, entry)) => self.reuse(kv, entry).await,
+            Some((kv, entry)) => {
+                let held = self.reuse(kv, entry).await?;
+                Ok(held.map(|held| self.owners.hold(&request.node, held)))
+            }
             None => {
                 let subnets = {
                     let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
@@ -145,7 +148,7 @@ impl Inner {
         subnets: Subnets,
         unfit: &[Kv],
         listed: i64,
-    ) -> Result<Option<Held>, SubnetError> {
+    ) -> Result<Option<OwnedLease>, SubnetError> {
         let object = || format!("the subnet that node {} would get", request.node);
         let invalid = |reason: String| SubnetError::Invalid { object: object(), reason };
         let last = subnet_key::format(&subnets).map_err(|e| invalid(e.to_string()))?;
@@ -198,8 +201,7 @@ impl Inner {
             expires: granted.expires,
         };
         // Held before the claim ends: the key is the node's without a gap.
-        self.owners.hold(&request.node, held.clone());
-        Ok(Some(held))
+        Ok(Some(self.owners.hold(&request.node, held)))
     }
 
     pub(super) async fn publish(&self, node: &NodeName, offers: &[Offer]) -> Result<OwnedLease, SubnetError> {
@@ -219,7 +221,7 @@ impl Inner {
         };
         let held = self.change(node, "publish in", then).await?;
         let held = Held { underlay, offers: offers.to_vec(), text: text.clone(), ..held };
-        Ok(self.owners.hold(node, held))
+        self.owners.keep(node, held)
     }
 
     pub(super) async fn renew(&self, node: &NodeName) -> Result<OwnedLease, SubnetError> {
@@ -228,15 +230,15 @@ impl Inner {
             let mut held = self.change(node, "renew", |_| Vec::new()).await?;
             if held.lease == 0 {
                 held.expires = None;
-                return Ok(self.owners.hold(node, held));
+                return self.owners.keep(node, held);
             }
             let asked = Instant::now();
             if let Answer::Good(term) = self.etcd.keep_alive(held.lease).await? {
                 held.expires = asked.checked_add(term);
-                return Ok(self.owners.hold(node, held));
+                return self.owners.keep(node, held);
             }
             if let Ok(held) = self.extend(held).await? {
-                return Ok(self.owners.hold(node, held));
+                return self.owners.keep(node, held);
             }
             // Written or gone since: look again.
         }

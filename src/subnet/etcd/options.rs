@@ -161,7 +161,7 @@ impl EtcdTls {
         EtcdTls { ca: ca.into(), client: None, domain: None }
     }
 
-    /// The client's own certificate, with its chain, and its key: PEM both.
+    /// The client's own certificate, with its chain, and its key: PEM both. As with the password, a copy that is not wiped is kept.
     pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: Secret) -> Self {
         self.client = Some((certificate.into(), key));
         self

@@ -87,6 +87,25 @@ struct Own {
     releasing: bool,
 }
 
+impl Own {
+    fn put(&mut self, held: Held) {
+        match &mut self.held {
+            // A watch has seen more meanwhile.
+            Some(now) if now.key == held.key && now.mod_revision > held.mod_revision => {
+                if now.lease == held.lease {
+                    now.expires = held.expires;
+                }
+            }
+            Some(now) if now.key == held.key => *now = held,
+            now => {
+                if let Some(before) = now.replace(held) {
+                    self.before = Some(before);
+                }
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Owners {
     nodes: Mutex<BTreeMap<NodeName, Own>>,
@@ -125,26 +144,32 @@ impl Owners {
         })
     }
 
+    /// The node has acquired this.
     pub(super) fn hold(&self, node: &NodeName, held: Held) -> OwnedLease {
         let owned = held.owned(node);
         let mut nodes = self.lock();
         let own = nodes.entry(node.clone()).or_default();
-        match &mut own.held {
-            // A watch has seen more meanwhile.
-            Some(now) if now.key == held.key && now.mod_revision > held.mod_revision => {
-                if now.lease == held.lease {
-                    now.expires = held.expires;
-                }
-            }
-            now => {
-                let before = now.replace(held);
-                own.before = before.filter(|b| own.held.as_ref().is_some_and(|h| h.key != b.key)).or(own.before.take());
-            }
-        }
+        own.put(held);
         own.releasing = false;
         drop(nodes);
         self.changed.send_replace(());
         owned
+    }
+
+    /// What the node holds stands like this now.
+    ///
+    /// # Errors
+    /// A watch has seen meanwhile that it holds it no more.
+    pub(super) fn keep(&self, node: &NodeName, held: Held) -> Result<OwnedLease, SubnetError> {
+        let owned = held.owned(node);
+        let mut nodes = self.lock();
+        let own = nodes.get_mut(node).filter(|own| own.held.as_ref().is_some_and(|now| now.key == held.key));
+        let Some(own) = own else {
+            let reason = format!("its key {} in etcd was lost a moment ago", held.key);
+            return Err(SubnetError::NotHeld { node: node.clone(), reason });
+        };
+        own.put(held);
+        Ok(owned)
     }
 
     /// Says that a key is about to be created, until what is returned is dropped.
