@@ -424,27 +424,22 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Leaves out the replacements of IPv4 routes whose place somebody else has taken since the last look: the kernel would replace
-    /// his, whatever its protocol. A few are asked for one by one, many by one list. (IPv6 replaces by nexthop and adds.)
+    /// Leaves out the replacements of routes whose place somebody else has taken since the last look: the kernel would replace his,
+    /// whatever its protocol. A few are asked for one by one, many by a list of all.
     async fn leave_taken(&mut self, steps: Vec<(usize, &'a Step)>) -> Vec<(usize, &'a Step)> {
         let place = |step: &Step| match step {
-            Step::Replace {
-                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
+            Step::Replace { to: Object::Route(to), .. } | Step::Remake { to: Object::Route(to), .. } => {
+                Some((to.destination, to.metric))
             }
-            | Step::Remake {
-                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
-            } => Some((*destination, *metric)),
             _ => None,
         };
-        let asked: Vec<RouteKey> = steps.iter().filter_map(|(_, step)| place(step)).collect();
+        let asked: Vec<(IpNetwork, u32)> = steps.iter().filter_map(|(_, step)| place(step)).collect();
         if asked.is_empty() {
             return steps;
         }
-        let mut there: HashMap<RouteKey, route::RawRoute> = HashMap::new();
+        let mut there: HashMap<(IpNetwork, u32), route::RawRoute> = HashMap::new();
         let mut keep = |found: route::RawRoute| {
-            if let IpNetwork::V4(destination) = found.destination {
-                there.entry((destination, found.metric)).or_insert(found);
-            }
+            there.entry((found.destination, found.metric)).or_insert(found);
         };
         if asked.len() <= ASKED_ONE_BY_ONE {
             for (destination, _) in &asked {
@@ -452,15 +447,21 @@ impl<'a> Run<'a> {
                 let found = self.core.requester.ask(&mut route::get(*destination), route::decode);
                 found.into_iter().flatten().for_each(&mut keep);
             }
-        } else if let Ok(all) = observe::routes(&mut self.core.requester, Family::V4).await {
-            all.into_iter().for_each(&mut keep);
+        } else {
+            let families: BTreeSet<Family> =
+                asked.iter().map(|(destination, _)| Family::of(destination.ip())).collect();
+            for family in families {
+                let all = observe::routes(&mut self.core.requester, family).await;
+                all.into_iter().flatten().for_each(&mut keep);
+            }
         }
         let legacy = &self.core.legacy;
         let flannels =
             |raw: &route::RawRoute, step: &Step| raw.protocol == number::RTPROT_BOOT && legacy.contains(&step.key());
         let (taken, left): (Vec<_>, Vec<_>) = steps.into_iter().partition(|(_, step)| {
             let raw = place(step).and_then(|key| there.get(&key));
-            raw.is_some_and(|raw| raw.protocol != PROTOCOL && !flannels(raw, step))
+            // One to which others added ways (IPv6) bears any of their protocols, and is put right.
+            raw.is_some_and(|raw| raw.protocol != PROTOCOL && raw.hops.len() < 2 && !flannels(raw, step))
         });
         if taken.is_empty() {
             return left;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 
 use super::PROTOCOL;
 use super::wire::{Message, Messages, attributes, family_of, ip_of, number, u16_of, u32_of};
@@ -116,13 +116,14 @@ pub(super) fn dump(family: u8) -> Messages {
     request
 }
 
-/// Asks for the route of the table by which the kernel reaches the first address of a destination (`RTM_F_FIB_MATCH`, since
-/// 4.13): of destination itself, unless there is a more special one.
-pub(super) fn get(destination: Ipv4Network) -> Messages {
+/// Asks for the route by which the kernel reaches the first address of a destination (`RTM_F_FIB_MATCH`, since 4.13): that of
+/// the destination itself, unless there is a more special one.
+pub(super) fn get(destination: IpNetwork) -> Messages {
     let [f0, f1, f2, f3] = RTM_F_FIB_MATCH.to_ne_bytes();
-    let fixed = [number::AF_INET, 32, 0, 0, 0, 0, 0, 0, f0, f1, f2, f3];
+    let whole = if destination.is_ipv4() { 32 } else { 128 };
+    let fixed = [family_of(destination.ip()), whole, 0, 0, 0, 0, 0, 0, f0, f1, f2, f3];
     let mut request = Messages::one(number::RTM_GETROUTE, 0, &fixed);
-    request.attribute_ip(RTA_DST, destination.network().into());
+    request.attribute_ip(RTA_DST, destination.network());
     request
 }
 
