@@ -2,3 +2,4 @@
 //! without flannel has no place here.
 
 pub mod lease_attrs;
+pub mod subnet_env;
