@@ -16,7 +16,7 @@ use podnet::status::{Phase, Status};
 use tokio::sync::watch;
 
 /// How often the file is looked at without being told.
-const PERIOD: Duration = Duration::from_secs(2);
+const PERIOD: Duration = Duration::from_secs(1);
 /// What CNI plugins of any user may do.
 const MODE: u32 = 0o644;
 const FOLDER_MODE: u32 = 0o755;
@@ -230,7 +230,7 @@ mod tests {
         let texts = [TEXT.to_owned(), TEXT.replace("1450", "1410").replace("true", "false")];
         ensure(&path, &texts[0]).unwrap();
         std::thread::scope(|scope| {
-            let writer = scope.spawn(|| (0..400).for_each(|i| drop(ensure(&path, &texts[i % 2]).unwrap())));
+            let writer = scope.spawn(|| (0..400).for_each(|i| assert!(ensure(&path, &texts[i % 2]).is_ok())));
             let mut reads = 0;
             while !writer.is_finished() || reads == 0 {
                 let seen = fs::read_to_string(&path).unwrap();
