@@ -3,18 +3,22 @@
 //! The tests of `tests/kernel_*.rs` stand on it. It never waits for a length of time in the hope that something has
 //! happened, and never touches a namespace that it did not make.
 
+pub mod dual;
 pub mod eye;
+pub mod firewalld;
 pub mod monitor;
 pub mod nft;
 pub mod privilege;
 pub mod stopwatch;
+pub mod storm;
+pub mod world;
 
 use std::future::Future;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnetwork::{IpNetwork, Ipv4Network};
 use podnet::config::NetworkConfig;
@@ -25,9 +29,11 @@ use podnet::subnet::SubnetManager;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::types::{Family, Stack};
 use podnet::{Node, NodeBuilder, Runner};
+use podnet_host_gw::HostGw;
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
-use podnet_lab::probe::{PingOptions, ping};
-use podnet_lab::{Host, Lab, LabSpec, Netns, Route, Underlay, services};
+use podnet_lab::families::{address, within};
+use podnet_lab::probe::{PingOptions, PingReport, ping, ping_all};
+use podnet_lab::{Families, Host, Lab, LabSpec, Netns, Route, Underlay, services};
 use podnet_vxlan::Vxlan;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -45,16 +51,63 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub const STATIC: u8 = 4;
 
 /// So many clusters at once: a test that measures time is not to be starved by the tests beside it.
-static TURNS: Semaphore = Semaphore::const_new(3);
+static TURNS: Semaphore = Semaphore::const_new(2);
 
 /// Waits for a turn, which lasts as long as what is returned.
 pub async fn turn() -> SemaphorePermit<'static> {
     TURNS.acquire().await.expect("nobody closes it")
 }
 
+/// How packets get from node to node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// flannel's VXLAN.
+    Vxlan,
+    /// VXLAN, and plain routes between nodes of one layer 2.
+    VxlanDirect,
+    /// Plain routes alone.
+    HostGw,
+}
+
+impl Way {
+    /// Every one.
+    pub const ALL: [Way; 3] = [Way::Vxlan, Way::VxlanDirect, Way::HostGw];
+
+    /// Gives its backend to a node.
+    pub fn on(self, builder: NodeBuilder) -> NodeBuilder {
+        match self {
+            Way::Vxlan => builder.backend(Vxlan::new()),
+            Way::VxlanDirect => builder.backend(Vxlan::new().direct_routing(true)),
+            Way::HostGw => builder.backend(HostGw::new()),
+        }
+    }
+
+    /// The kind of its leases.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Way::Vxlan | Way::VxlanDirect => "vxlan",
+            Way::HostGw => "host-gw",
+        }
+    }
+
+    /// What is left of an MTU in bytes for pods of these families.
+    pub fn pod_mtu(self, mtu: u32, families: &Families) -> u32 {
+        match (self, families) {
+            (Way::HostGw, _) => mtu,
+            (_, Stack::V4(())) => mtu - 50,
+            (_, Stack::V6(()) | Stack::Dual((), ())) => mtu - 70,
+        }
+    }
+}
+
+/// The families of a cluster that has both.
+pub const DUAL: Families = Stack::Dual((), ());
+
 /// A lab with a store of leases; podnet runs on the nodes on which it was started.
 #[derive(Debug)]
 pub struct Cluster {
+    /// How packets get from node to node.
+    pub way: Way,
     /// The hosts, with pods.
     pub lab: Lab,
     /// The leases.
@@ -67,26 +120,40 @@ pub struct Cluster {
 impl Cluster {
     /// Hosts and pods (one a node), and no pod network yet.
     pub async fn bare(nodes: usize) -> Self {
-        Self::of(LabSpec { nodes, pods_per_node: 1, ..LabSpec::default() }).await
+        Self::of(Way::Vxlan, LabSpec { nodes, pods_per_node: 1, ..LabSpec::default() }).await
     }
 
     /// One Ethernet instead of Google's cloud.
     pub async fn lan(nodes: usize) -> Self {
-        Self::of(LabSpec { nodes, pods_per_node: 1, underlay: Underlay::Lan, ..LabSpec::default() }).await
+        Self::of(Way::Vxlan, LabSpec { nodes, pods_per_node: 1, underlay: Underlay::Lan, ..LabSpec::default() }).await
     }
 
-    async fn of(spec: LabSpec) -> Self {
+    /// One Ethernet, in these families, and podnet on every node: all of them connected, and pods that have talked.
+    pub async fn talking(way: Way, families: Families, nodes: usize) -> Self {
+        let networks = LabSpec::usual_networks(families);
+        let spec = LabSpec { nodes, pods_per_node: 1, underlay: Underlay::Lan, networks, ..LabSpec::default() };
+        let mut cluster = Self::of(way, spec).await;
+        cluster.start_all().await;
+        cluster.assert_pods_talk().await;
+        cluster
+    }
+
+    /// Hosts and pods as specified, and no pod network yet.
+    pub async fn of(way: Way, spec: LabSpec) -> Self {
         let turn = turn().await;
-        let mtu = spec.mtu() - 50;
-        let subnets = MemorySubnets::assigned(network(crate::NETWORK));
+        let families = within(&spec.networks, (), ());
+        let mtu = way.pod_mtu(spec.mtu(), &families);
+        let subnets = MemorySubnets::assigned(NetworkConfig::new(spec.networks).expect("valid networks"));
         let mut lab = Lab::build(spec).await.expect("a lab: run the tests as root or under `unshare -Urn`");
         lab.attach_pods(mtu).await.expect("pods");
         for node in lab.nodes() {
             subnets.assign(&name(node.name()), lab.spec().subnets(node.index()));
-            services::publish(node.host(), &[services::Service::dns(Ipv4Addr::new(10, 42, 0, 2))]).expect("services");
+            let pod = |family| address(&lab.nodes()[0].pods()[0].addresses(), family).expect("a pod of that family");
+            let dns: Vec<_> = lab.spec().families().map(|family| services::Service::dns(pod(family))).collect();
+            services::publish(node.host(), &dns).expect("services");
         }
         let overlays = lab.nodes().iter().map(|_| None).collect();
-        Cluster { lab, subnets, overlays, _turn: turn }
+        Cluster { way, lab, subnets, overlays, _turn: turn }
     }
 
     /// Podnet on every node, all of them connected.
@@ -110,7 +177,8 @@ impl Cluster {
     /// A node with the defaults of the tests.
     pub fn builder(&self, index: usize) -> NodeBuilder {
         let node = &self.lab.nodes()[index];
-        builder(node.name(), node.netns(), self.subnets.clone())
+        let builder = Node::builder(node.name(), self.subnets.clone()).network_namespace(namespace(node.netns()));
+        self.way.on(builder)
     }
 
     /// Starts podnet on a node and waits until it is ready.
@@ -135,13 +203,42 @@ impl Cluster {
         Eye::on(self.host(index).netns())
     }
 
-    /// Every pod reaches every other one, with no packet lost.
+    /// Every pod reaches every other one in every family, with no packet lost.
     pub async fn assert_pods_talk(&self) {
+        for (from, to, report) in self.ping_pods(PingOptions { count: 3, ..PingOptions::default() }).await {
+            assert!(report.all_answered(), "{from} to {to}: {report:?}");
+        }
+    }
+
+    /// Each pod pings every other one in every family: who, whom, and what became of it.
+    pub async fn ping_pods(&self, options: PingOptions) -> Vec<(String, IpAddr, PingReport)> {
+        let mut pairs = Vec::new();
         for from in self.lab.pods() {
             for to in self.lab.pods().filter(|to| to.name() != from.name()) {
-                let report = ping(from.netns(), to.ip(), PingOptions { count: 3, ..PingOptions::default() }).await;
-                let report = report.expect("a ping");
-                assert!(report.all_answered(), "{} to {}: {report:?}", from.name(), to.name());
+                for family in self.lab.spec().families() {
+                    pairs.push((from, to.ip_in(family).expect("a pod of that family")));
+                }
+            }
+        }
+        let ways = pairs.iter().map(|(from, to)| (from.netns().clone(), *to)).collect();
+        let reports = ping_all(ways, options).await.expect("pings");
+        pairs.into_iter().zip(reports).map(|((from, to), report)| (from.name().to_owned(), to, report)).collect()
+    }
+
+    /// Asks again and again until every pod has reached every other one in every family, and says how long that took.
+    pub async fn until_pods_talk(&self) -> Duration {
+        let begun = Instant::now();
+        let once = PingOptions { timeout: Duration::from_millis(50), ..PingOptions::default() };
+        let mut missing: Vec<_> = self.ping_pods(once).await;
+        loop {
+            missing.retain(|(_, _, report)| report.received == 0);
+            if missing.is_empty() {
+                return begun.elapsed();
+            }
+            assert!(begun.elapsed() < PATIENCE, "pods do not reach each other: {missing:?}");
+            for (from, to, report) in &mut missing {
+                let pod = self.lab.pods().find(|pod| pod.name() == from).expect("a pod of that name");
+                *report = ping(pod.netns(), *to, once).await.expect("a ping");
             }
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures::TryStreamExt as _;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, CacheInfo};
 use netlink_packet_route::link::{
     InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
@@ -391,6 +391,18 @@ impl Host {
             request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
         request.execute().await.context(|| self.says(format_args!("adding {address} to {device}")))
+    }
+
+    /// Makes an IPv6 address of the host deprecated, as one whose router said so: what is connected goes on, nothing new begins with it.
+    pub async fn deprecate_address(&self, device: &str, address: IpNetwork) -> Result<(), LabError> {
+        let index = self.link(device).await?.index;
+        let mut lifetimes = CacheInfo::default();
+        lifetimes.ifa_preferred = 0;
+        lifetimes.ifa_valid = u32::MAX;
+        let request = self.handle.address().add(index, address.ip(), address.prefix());
+        let mut request = request.replace();
+        request.message_mut().attributes.push(AddressAttribute::CacheInfo(lifetimes));
+        request.execute().await.context(|| self.says(format_args!("deprecating {address} on {device}")))
     }
 
     /// Deletes an address.

@@ -124,16 +124,28 @@ pub(crate) struct OnLink(Vec<IpNetwork>);
 impl OnLink {
     /// Those of these routes.
     pub(crate) fn of<'a>(routes: impl IntoIterator<Item = SeenRoute<'a>>) -> Self {
-        let whole = |n: &IpNetwork| n.prefix() == if n.is_ipv4() { 32 } else { 128 };
-        let here = |r: &SeenRoute<'_>| r.device.is_some() && r.gateway.is_none() && r.destination.prefix() > 0;
-        // Nothing is more special than one address: of a pod's, say.
-        OnLink(routes.into_iter().filter(here).map(|r| r.destination).filter(|n| !whole(n)).collect())
+        OnLink(routes.into_iter().filter_map(|route| network_on_link(&route)).collect())
+    }
+
+    /// A route came or went.
+    pub(crate) fn follow(&mut self, route: &SeenRoute<'_>, gone: bool) {
+        if let Some(network) = network_on_link(route) {
+            self.0.retain(|n| *n != network);
+            self.0.extend((!gone).then_some(network));
+        }
     }
 
     /// Whether one of them holds this network.
     pub(crate) fn holds(&self, network: IpNetwork) -> bool {
         self.0.iter().any(|n| n.prefix() <= network.prefix() && n.contains(network.ip()))
     }
+}
+
+/// The network that a route makes reachable without a gateway. Nothing is more special than one address: of a pod's, say.
+fn network_on_link(route: &SeenRoute<'_>) -> Option<IpNetwork> {
+    let to = route.destination;
+    let whole = to.prefix() == if to.is_ipv4() { 32 } else { 128 };
+    (route.device.is_some() && route.gateway.is_none() && to.prefix() > 0 && !whole).then_some(to)
 }
 
 #[cfg(test)]

@@ -47,6 +47,13 @@ pub struct Eye {
 pub struct Dump(Vec<String>);
 
 impl Dump {
+    /// A dump of these lines, for what is expected.
+    pub fn of(lines: impl IntoIterator<Item = String>) -> Dump {
+        let mut lines: Vec<String> = lines.into_iter().collect();
+        lines.sort();
+        Dump(lines)
+    }
+
     /// The lines, sorted.
     pub fn lines(&self) -> &[String] {
         &self.0
@@ -179,6 +186,21 @@ impl Eye {
             Ok((ours, unix.lines().filter(|l| l.contains("@podnet")).count()))
         };
         self.netns.run(read).expect("the namespace").expect("/proc/net")
+    }
+
+    /// How many of so many lists of nexthop objects were cut through by a change: by `NLM_F_DUMP_INTR`, the kernel's own word for it.
+    pub fn interrupted(&self, lists: usize) -> usize {
+        (0..lists).filter(|_| dump(&self.route, NEXTHOPS, &[0; 8]).is_none()).count()
+    }
+
+    /// The events that the kernel could not put before those who listen to rtnetlink in the namespace.
+    pub fn overruns(&self) -> u64 {
+        let read = || std::fs::read_to_string("/proc/thread-self/net/netlink");
+        let table = self.netns.run(read).expect("the namespace").expect("/proc/net/netlink");
+        // sk, Eth, Pid, Groups, Rmem, Wmem, Dump, Locks, Drops.
+        let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let listeners = lines.filter(|fields| fields[1] == "0" && fields[3] != "00000000");
+        listeners.map(|fields| fields[8].parse::<u64>().expect("a number")).sum()
     }
 
     /// `None`: something moved meanwhile.

@@ -27,6 +27,8 @@ const DELETE_RULE: u8 = 8;
 pub const INET: u8 = 1;
 /// See above.
 pub const IPV4: u8 = 2;
+/// `NFPROTO_BRIDGE`: what a bridge passes on, ARP too.
+pub const BRIDGE: u8 = 7;
 /// See above.
 pub const ALL: u8 = 0;
 /// `NLM_F_CREATE`, `NLM_F_APPEND`.
@@ -160,6 +162,17 @@ pub fn within(source: bool, network: [u8; 2], mask: [u8; 2]) -> [Vec<u8>; 3] {
         expression("payload", &[number(1, 8), number(2, 1), number(3, offset), number(4, 2)]),
         expression("bitwise", &[number(1, 8), number(2, 8), number(3, 2), data(4, &mask), data(5, &[0, 0])]),
         expression("cmp", &[number(1, 8), number(2, 0), data(3, &network)]),
+    ]
+}
+
+/// True for so many of a hundred packets, by chance: `numgen random mod 100 < PERCENT`.
+pub fn chance(percent: u32) -> [Vec<u8>; 3] {
+    let data = nest(3, &[number(1, percent)]);
+    [
+        expression("numgen", &[number(1, 8), number(2, 100), number(3, 1)]),
+        // Compared as bytes, the highest first.
+        expression("byteorder", &[number(1, 8), number(2, 8), number(3, 1), number(4, 4), number(5, 4)]),
+        expression("cmp", &[number(1, 8), number(2, 2), data]),
     ]
 }
 

@@ -1,86 +1,24 @@
 //! Both families on a real kernel: IPv6's own objects healed as IPv4's are, each family untouched by what befalls the other, and
 //! host-gw's routes over the underlay. One host with many peers that nobody answers for; pods that talk are in the demo.
 
-use podnet::backend::Backend;
-use podnet::config::NetworkConfig;
 use podnet::driver::netlink::PROTOCOL;
-use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, Offer, Precedence};
+use podnet::lease::BackendData;
 use podnet::status::Status;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::types::{Family, Stack};
-use podnet::{HostSetting, Node, NodeBuilder, Shutdown};
+use podnet::{HostSetting, Shutdown};
 use podnet_host_gw::HostGw;
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::{Host, Route};
-use podnet_tests::real::eye::Eye;
+use podnet_tests::real::dual::{self, builder, peer, store, wide_link};
+use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::stopwatch::Stopwatch;
-use podnet_tests::real::{assert_same, connected, heals, lone_host, namespace, turn};
+use podnet_tests::real::{assert_same, connected, heals, turn};
 use podnet_tests::{Running, name, spawn};
 use podnet_vxlan::Vxlan;
 
 const DEVICE_V6: &str = "flannel-v6.1";
-
-/// The lone host with an IPv6 address and default route of its own. IPv6 forwarding is on, as IPv4's is.
-async fn dual_host(name: &str) -> Host {
-    let host = lone_host(name).await;
-    host.set_sysctl(&format!("net.ipv6.conf.{UNDERLAY_INTERFACE}.accept_dad"), "0").expect("no duplicate detection");
-    host.set_sysctl("net.ipv6.conf.all.forwarding", "1").expect("forwarding");
-    host.add_address(UNDERLAY_INTERFACE, "2001:db8:240::103/64".parse().unwrap()).await.expect("its IPv6 address");
-    host.add_route(&wide_link()).await.expect("a wider link");
-    let gateway = "2001:db8:240::1".parse().unwrap();
-    host.add_route(&Route::via("::/0".parse().unwrap(), gateway, UNDERLAY_INTERFACE)).await.expect("a default route");
-    // The kernel brings what belongs to an IPv6 address a moment later.
-    let eye = Eye::on(host.netns());
-    eye.until_has(&["route 2001:db8:240::103/128", "table 255 Local"]);
-    eye.until_has(&["route 2001:db8:240::/128", "table 255 Anycast"]);
-    host
-}
-
-/// Room for many peers on the link.
-fn wide_link() -> Route {
-    Route::onto("10.240.0.0/16".parse().unwrap(), UNDERLAY_INTERFACE)
-}
-
-fn store(kind: &'static str, peers: u16) -> MemorySubnets {
-    let networks = Stack::Dual("10.64.0.0/10".parse().unwrap(), "2001:db8:4000::/40".parse().unwrap());
-    let subnets = MemorySubnets::assigned(NetworkConfig::new(networks).unwrap());
-    let own = Stack::Dual("10.127.255.0/24".parse().unwrap(), "2001:db8:40ff:ffff::/64".parse().unwrap());
-    subnets.assign(&name("me"), own);
-    (0..peers).for_each(|number| subnets.faults().inject(peer(kind, number)));
-    subnets
-}
-
-/// A peer of two families on the host's own link.
-fn peer(kind: &'static str, number: u16) -> Lease {
-    let [high, low] = number.to_be_bytes();
-    let data = |half: u8| {
-        let text = match kind {
-            "host-gw" => "null".to_owned(),
-            _ => format!(r#"{{"VNI":1,"VtepMAC":"02:00:00:{half:02x}:{high:02x}:{low:02x}"}}"#),
-        };
-        BackendData::from_text(&text).unwrap()
-    };
-    Lease {
-        node: name(&format!("node-{number}")),
-        subnets: Stack::Dual(
-            format!("10.{}.{low}.0/24", 64 + high).parse().unwrap(),
-            format!("2001:db8:40{high:02x}:{low:x}::/64").parse().unwrap(),
-        ),
-        offers: vec![Offer {
-            backend: BackendKind::of(kind),
-            endpoints: Stack::Dual(
-                Endpoint { public_ip: [10, 240, 1 + high, low].into(), data: data(4) },
-                Endpoint { public_ip: format!("2001:db8:240::{:x}:{low:x}", 1 + high).parse().unwrap(), data: data(6) },
-            ),
-        }],
-        precedence: Precedence { since: 1_000_000 + u64::from(number), identity: number.to_string() },
-    }
-}
-
-fn builder(host: &Host, subnets: &MemorySubnets, backend: impl Backend) -> NodeBuilder {
-    Node::builder("me", subnets.clone()).backend(backend).network_namespace(namespace(host.netns()))
-}
 
 async fn vxlan(host: &Host, peers: u16) -> (MemorySubnets, Running) {
     let subnets = store("vxlan", peers);
@@ -93,7 +31,7 @@ async fn vxlan(host: &Host, peers: u16) -> (MemorySubnets, Running) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_podnet_programs_in_ipv6_is_what_flannel_would() {
     let _turn = turn().await;
-    let host = dual_host("six").await;
+    let host = dual::host("six").await;
     let eye = Eye::on(host.netns());
     let before = eye.settled();
     let (_subnets, running) = vxlan(&host, 2).await;
@@ -122,7 +60,7 @@ async fn what_podnet_programs_in_ipv6_is_what_flannel_would() {
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_01_to_07_in_ipv6_each_object_is_back_within_a_second_and_ipv4_is_not_touched() {
     let _turn = turn().await;
-    let host = dual_host("healed").await;
+    let host = dual::host("healed").await;
     let (_subnets, running) = vxlan(&host, 3).await;
     let eye = Eye::on(host.netns());
     let of_v4 = Monitor::on(host.netns(), host.link("flannel.1").await.unwrap().index);
@@ -155,27 +93,99 @@ async fn faults_01_to_07_in_ipv6_each_object_is_back_within_a_second_and_ipv4_is
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_12_and_13_in_ipv6_another_address_and_lost_rules_are_followed_within_a_second() {
     let _turn = turn().await;
-    let host = dual_host("moved").await;
+    let host = dual::host("moved").await;
     let (subnets, running) = vxlan(&host, 3).await;
     let eye = Eye::on(host.netns());
-    heals(&eye, &running, async { podnet_lab::services::delete_table(&host, "ip6 podnet").unwrap() }).await;
+    heals(&eye, &running, async { podnet_lab::firewall::delete_table(&host, "ip6 podnet").unwrap() }).await;
     let watch = Stopwatch::start(host.netns());
     host.add_address(UNDERLAY_INTERFACE, "2001:db8:240::99/64".parse().unwrap()).await.unwrap();
     host.delete_address(UNDERLAY_INTERFACE, "2001:db8:240::103/64".parse().unwrap()).await.unwrap();
     eye.until_has(&["link flannel-v6.1", "Local6(2001:db8:240::99)"]);
     watch.assert_soon();
-    let published = || {
-        let own = subnets.leases().into_iter().find(|l| l.node == name("me")).unwrap();
-        own.offers[0].endpoints.v6().unwrap().public_ip.to_string()
-    };
-    podnet_tests::eventually("it is published", || published() == "2001:db8:240::99").await;
+    podnet_tests::eventually("it is published", || published_v6(&subnets) == "2001:db8:240::99").await;
+    running.until(connected(3)).await;
+}
+
+/// What this node published of IPv6.
+fn published_v6(subnets: &MemorySubnets) -> String {
+    let own = subnets.leases().into_iter().find(|l| l.node == name("me")).unwrap();
+    own.offers[0].endpoints.v6().unwrap().public_ip.to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_12_a_deprecated_ipv6_address_gives_way_to_another_and_stays_where_there_is_none() {
+    let _turn = turn().await;
+    let host = dual::host("deprecated").await;
+    let (subnets, running) = vxlan(&host, 3).await;
+    let eye = Eye::on(host.netns());
+    let of_v4 = Monitor::on(host.netns(), host.link("flannel.1").await.unwrap().index);
+    let (old, new) = ("2001:db8:240::103/64".parse().unwrap(), "2001:db8:240::99/64".parse().unwrap());
+    // The only one: it is what there is, and it works.
+    let (whole, steps) = (eye.settled(), running.steps());
+    host.deprecate_address(UNDERLAY_INTERFACE, old).await.unwrap();
+    running.overlay.reconcile().await.unwrap();
+    assert_same(&whole, &eye.settled());
+    assert_eq!((published_v6(&subnets).as_str(), running.steps()), ("2001:db8:240::103", steps));
+
+    let watch = Stopwatch::start(host.netns());
+    host.add_address(UNDERLAY_INTERFACE, new).await.unwrap();
+    eye.until_has(&["link flannel-v6.1", "Local6(2001:db8:240::99)"]);
+    watch.assert_soon();
+    podnet_tests::eventually("it is published", || published_v6(&subnets) == "2001:db8:240::99").await;
+
+    // The other way round: a good one is there already when the one in use is deprecated.
+    host.delete_address(UNDERLAY_INTERFACE, old).await.unwrap();
+    host.add_address(UNDERLAY_INTERFACE, old).await.unwrap();
+    let watch = Stopwatch::start(host.netns());
+    host.deprecate_address(UNDERLAY_INTERFACE, new).await.unwrap();
+    eye.until_has(&["link flannel-v6.1", "Local6(2001:db8:240::103)"]);
+    watch.assert_soon();
+    podnet_tests::eventually("it is published", || published_v6(&subnets) == "2001:db8:240::103").await;
+    running.until(connected(3)).await;
+    assert_eq!(of_v4.events(), Vec::<String>::new(), "IPv4 was not touched");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_34_another_mac_of_a_peer_replaces_its_neighbours_and_forwarding_entries_and_touches_no_route() {
+    let _turn = turn().await;
+    let host = dual::host("remade").await;
+    let (subnets, running) = vxlan(&host, 3).await;
+    let eye = Eye::on(host.netns());
+    let whole = eye.settled();
+    let mut monitors = Vec::new();
+    for device in ["flannel.1", DEVICE_V6] {
+        monitors.push(Monitor::on(host.netns(), host.link(device).await.unwrap().index));
+    }
+    // As peer 1's, in another's place: the last byte of each MAC is 9.
+    let mut lease = peer("vxlan", 1);
+    let Stack::Dual(v4, v6) = &mut lease.offers[0].endpoints else { panic!("both families") };
+    for data in [&mut v4.data, &mut v6.data] {
+        *data = BackendData::from_text(&data.as_str().replace(":01\"}", ":09\"}")).unwrap();
+    }
+    let watch = Stopwatch::start(host.netns());
+    subnets.faults().inject(lease);
+    let wanted = Dump::of(whole.lines().iter().map(|line| match line.starts_with("neighbour") {
+        true => {
+            line.replace("02:00:00:04:00:01", "02:00:00:04:00:09").replace("02:00:00:06:00:01", "02:00:00:06:00:09")
+        }
+        false => line.clone(),
+    }));
+    assert_eq!(whole.difference(&wanted).lines().count(), 8, "two entries of each family, before and after");
+    eye.until("the entries are others", |now| *now == wanted, &wanted);
+    watch.assert_soon();
+    for monitor in monitors {
+        let events = monitor.events();
+        assert!(events.iter().all(|e| e.ends_with("Neighbour")), "neither routes nor devices: {events:?}");
+        // A neighbour replaced, a forwarding entry made and one deleted.
+        assert_eq!(events.len(), 3, "{events:?}");
+    }
     running.until(connected(3)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_underlay_that_loses_its_ipv6_keeps_ipv4_and_all_of_ipv6_comes_back_with_it() {
     let _turn = turn().await;
-    let host = dual_host("halved").await;
+    let host = dual::host("halved").await;
     let (_subnets, running) = vxlan(&host, 3).await;
     let eye = Eye::on(host.netns());
     let whole = eye.settled();
@@ -191,7 +201,7 @@ async fn an_underlay_that_loses_its_ipv6_keeps_ipv4_and_all_of_ipv6_comes_back_w
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_18_and_42_a_restart_over_a_thousand_peers_of_two_families_writes_nothing_and_removal_leaves_nothing() {
     let _turn = turn().await;
-    let host = dual_host("thousand").await;
+    let host = dual::host("thousand").await;
     let eye = Eye::on(host.netns());
     let before = eye.settled();
     let (subnets, running) = vxlan(&host, 1000).await;
@@ -215,7 +225,7 @@ async fn fault_18_and_42_a_restart_over_a_thousand_peers_of_two_families_writes_
 #[tokio::test(flavor = "multi_thread")]
 async fn the_underlay_keeps_what_routers_announced_when_forwarding_is_switched_on() {
     let _turn = turn().await;
-    let host = dual_host("listening").await;
+    let host = dual::host("listening").await;
     host.set_sysctl("net.ipv6.conf.all.forwarding", "0").unwrap();
     let accept_ra = || host.sysctl(&format!("net.ipv6.conf.{UNDERLAY_INTERFACE}.accept_ra")).unwrap();
     host.set_sysctl(&format!("net.ipv6.conf.{UNDERLAY_INTERFACE}.accept_ra"), "1").unwrap();
@@ -223,7 +233,7 @@ async fn the_underlay_keeps_what_routers_announced_when_forwarding_is_switched_o
     assert_eq!((accept_ra().as_str(), host.sysctl("net.ipv6.conf.all.forwarding").unwrap().as_str()), ("2", "1"));
     drop(running);
 
-    let host = dual_host("left-alone").await;
+    let host = dual::host("left-alone").await;
     host.set_sysctl("net.ipv6.conf.all.forwarding", "0").unwrap();
     host.set_sysctl(&format!("net.ipv6.conf.{UNDERLAY_INTERFACE}.accept_ra"), "1").unwrap();
     let subnets = store("vxlan", 1);
@@ -242,7 +252,7 @@ async fn host_gw(host: &Host, peers: u16) -> (MemorySubnets, Running) {
 #[tokio::test(flavor = "multi_thread")]
 async fn host_gw_routes_over_the_underlay_in_both_families_and_changes_nothing_else() {
     let _turn = turn().await;
-    let host = dual_host("routed").await;
+    let host = dual::host("routed").await;
     let eye = Eye::on(host.netns());
     let before = eye.settled();
     let (_subnets, running) = host_gw(&host, 2).await;
@@ -263,7 +273,7 @@ async fn host_gw_routes_over_the_underlay_in_both_families_and_changes_nothing_e
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_10_host_gw_routes_are_back_within_a_second_of_the_underlays_link() {
     let _turn = turn().await;
-    let host = dual_host("flapped").await;
+    let host = dual::host("flapped").await;
     let (_subnets, running) = host_gw(&host, 300).await;
     let eye = Eye::on(host.netns());
     let whole = eye.settled().ours();
@@ -286,7 +296,7 @@ async fn fault_10_host_gw_routes_are_back_within_a_second_of_the_underlays_link(
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_01_to_03_with_host_gw_a_route_is_back_within_a_second() {
     let _turn = turn().await;
-    let host = dual_host("undone").await;
+    let host = dual::host("undone").await;
     let (_subnets, running) = host_gw(&host, 3).await;
     let eye = Eye::on(host.netns());
     let v4 = Route::via("10.64.1.0/24".parse().unwrap(), [10, 240, 1, 1].into(), UNDERLAY_INTERFACE);
@@ -306,7 +316,7 @@ async fn faults_01_to_03_with_host_gw_a_route_is_back_within_a_second() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_19_flannels_host_gw_routes_are_taken_over_with_no_moment_without_them() {
     let _turn = turn().await;
-    let host = dual_host("taken-over").await;
+    let host = dual::host("taken-over").await;
     let eye = Eye::on(host.netns());
     let boot = |subnet: &str, gateway: [u8; 4]| Route::via(subnet.parse().unwrap(), gateway.into(), UNDERLAY_INTERFACE);
     host.add_route(&boot("10.64.1.0/24", [10, 240, 1, 1])).await.unwrap();

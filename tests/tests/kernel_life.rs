@@ -6,13 +6,16 @@ use std::sync::Arc;
 use podnet::driver::NetworkNamespace;
 use podnet::masquerade::MasqueradePolicy;
 use podnet::status::Status;
-use podnet::{Error, Node, Shutdown};
-use podnet_lab::Host;
+use podnet::{Error, Node, NodeBuilder, Shutdown};
+use podnet_lab::cluster::UNDERLAY_INTERFACE;
+use podnet_lab::{Host, Route};
 use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::privilege::{Opener, with_only};
 use podnet_tests::real::stopwatch::Stopwatch;
-use podnet_tests::real::{Cluster, DEVICE, Doomed, SOON, assert_same, builder, connected, lone_host, many};
+use podnet_tests::real::{
+    Cluster, DEVICE, Doomed, SOON, STATIC, Way, assert_same, builder, connected, dual, lone_host, many, namespace, turn,
+};
 use podnet_tests::{Running, spawn};
 use podnet_vxlan::Vxlan;
 use rustix::thread::CapabilitySet;
@@ -91,6 +94,101 @@ async fn fault_40_a_runner_dropped_at_any_poll_leaves_no_socket_and_the_next_sta
     }
     println!("it was dropped {polls} times");
     assert!(polls > 5, "it was dropped {polls} times");
+}
+
+/// Node `me` with three peers of two families.
+fn of_two_families(way: Way, host: &Host) -> NodeBuilder {
+    way.on(Node::builder("me", dual::store(way.kind(), 3)).network_namespace(namespace(host.netns())))
+}
+
+/// Waits until all of its peers are there, and what the kernel brings to an IPv6 address a moment later.
+async fn whole(way: Way, running: &Running, eye: &Eye) -> Dump {
+    running.until(connected(3)).await;
+    if way != Way::HostGw {
+        eye.until_has(&["route 2001:db8:40ff:ffff::/128", "table 255 Local"]);
+    }
+    eye.settled()
+}
+
+/// One after another on one host: dropped at its first poll, at its second, and so on to the end, each followed by a start that must
+/// make the whole state, and by a removal that must leave nothing.
+async fn dropped_at_any_poll(way: Way) {
+    let host = dual::host("dropped").await;
+    let eye = Eye::on(host.netns());
+    let (before, idle) = (eye.settled(), eye.sockets());
+    let closed = || podnet_lab::wait_until("its sockets are closed", SOON * 10, || async { Ok(eye.sockets() == idle) });
+    let mut reference: Option<Dump> = None;
+    for polls in 0.. {
+        let (overlay, runner) = of_two_families(way, &host).build().unwrap().start().await.unwrap();
+        let mut status = overlay.status();
+        let doomed = tokio::spawn(Doomed::after(polls, runner));
+        let finished = status.wait_for(|s| connected(3)(s)).await.is_ok();
+        doomed.abort();
+        assert!(doomed.await.is_ok() || finished);
+        closed().await.unwrap();
+
+        let running = spawn(of_two_families(way, &host)).await;
+        let now = whole(way, &running, &eye).await;
+        assert_same(reference.get_or_insert_with(|| now.clone()), &now);
+        let report = running.overlay.shutdown(Shutdown::RemoveState).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        drop(running);
+        closed().await.unwrap();
+        assert_same(&before, &eye.settled());
+        if finished {
+            // Without a device of its own a node waits for little.
+            assert!(polls > 1, "{way:?}: it was dropped {polls} times");
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_17_and_40_host_gw_dropped_at_any_poll_is_made_whole_by_the_next_start() {
+    let _turn = turn().await;
+    dropped_at_any_poll(Way::HostGw).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_17_and_40_two_families_dropped_at_any_poll_are_made_whole_by_the_next_start() {
+    let _turn = turn().await;
+    dropped_at_any_poll(Way::Vxlan).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_41_and_42_by_every_way_a_second_overlay_is_refused_and_removal_takes_exactly_what_is_ours() {
+    let _turn = turn().await;
+    for way in Way::ALL {
+        let host = dual::host("shared").await;
+        // What a careless removal would take along: an operator's own routes, to networks of the cluster too.
+        let operators = [
+            Route::via("10.64.200.0/24".parse().unwrap(), [10, 240, 0, 9].into(), UNDERLAY_INTERFACE),
+            Route::via(
+                "2001:db8:4000:c8::/64".parse().unwrap(),
+                "2001:db8:240::9".parse().unwrap(),
+                UNDERLAY_INTERFACE,
+            ),
+        ];
+        for route in operators {
+            host.add_route(&Route { protocol: STATIC, ..route }).await.unwrap();
+        }
+        let eye = Eye::on(host.netns());
+        let before = eye.settled();
+        let first = spawn(of_two_families(way, &host)).await;
+        let (whole, steps) = (whole(way, &first, &eye).await, first.steps());
+        assert_same(&before, &whole.foreign());
+        for other in Way::ALL {
+            let second = of_two_families(other, &host).build().unwrap().start().await.unwrap_err();
+            assert!(matches!(second, Error::AlreadyRunning { .. }), "{other:?} beside {way:?}: {second:?}");
+        }
+        assert!(first.overlay.reconcile().await.unwrap().is_clean());
+        assert_same(&whole, &eye.settled());
+        assert_eq!(first.steps(), steps);
+
+        let report = first.overlay.shutdown(Shutdown::RemoveState).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        assert_same(&before, &eye.settled());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,8 +8,10 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use podnet::NodeBuilder;
+use podnet::driver::NetworkNamespace;
 use podnet::types::Family;
 use podnet_host_gw::HostGw;
+use podnet_tun_udp::TunUdp;
 use podnet_vxlan::Vxlan;
 use serde::Serialize;
 
@@ -26,6 +28,8 @@ pub enum DemoBackend {
     VxlanDirect,
     /// flannel's host-gw: plain routes, so that all nodes must be on one layer 2.
     HostGw,
+    /// One that is no part of podnet: IP in UDP through a TUN device, which its own driver serves in user space.
+    Custom,
 }
 
 /// How a pod's packet gets from one node to another.
@@ -33,6 +37,8 @@ pub enum DemoBackend {
 pub enum Crossing {
     /// In VXLAN, from node to node.
     Vxlan,
+    /// In UDP, from node to node, with nothing between the two headers.
+    Udp,
     /// As the pod sent it, from the one node's Ethernet address to the other's.
     Plain,
     /// Not at all: podnet says of every peer that it is unreachable, and why.
@@ -40,12 +46,13 @@ pub enum Crossing {
 }
 
 impl DemoBackend {
-    /// Gives it to a node.
-    pub(crate) fn on(self, builder: NodeBuilder) -> NodeBuilder {
+    /// Gives it to a node, which works in this namespace.
+    pub(crate) fn on(self, builder: NodeBuilder, namespace: &NetworkNamespace) -> NodeBuilder {
         match self {
             DemoBackend::Vxlan => builder.backend(Vxlan::new()),
             DemoBackend::VxlanDirect => builder.backend(Vxlan::new().direct_routing(true)),
             DemoBackend::HostGw => builder.backend(HostGw::new()),
+            DemoBackend::Custom => builder.backend(TunUdp::in_namespace(namespace.clone())),
         }
     }
 
@@ -55,13 +62,14 @@ impl DemoBackend {
             DemoBackend::Vxlan => r#"{"Type":"vxlan"}"#,
             DemoBackend::VxlanDirect => r#"{"Type":"vxlan","DirectRouting":true}"#,
             DemoBackend::HostGw => r#"{"Type":"host-gw"}"#,
+            DemoBackend::Custom => r#"{"Type":"tun-udp"}"#,
         }
     }
 
     /// The underlay that it is shown on unless another is asked for.
     pub fn usual_underlay(self) -> Underlay {
         match self {
-            DemoBackend::Vxlan | DemoBackend::VxlanDirect => Underlay::Gcp,
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::Custom => Underlay::Gcp,
             DemoBackend::HostGw => Underlay::Lan,
         }
     }
@@ -73,6 +81,7 @@ impl DemoBackend {
             (DemoBackend::VxlanDirect, Underlay::Gcp) => Crossing::Vxlan,
             (DemoBackend::VxlanDirect | DemoBackend::HostGw, Underlay::Lan) => Crossing::Plain,
             (DemoBackend::HostGw, Underlay::Gcp) => Crossing::Nowhere,
+            (DemoBackend::Custom, Underlay::Gcp | Underlay::Lan) => Crossing::Udp,
         }
     }
 
@@ -82,16 +91,26 @@ impl DemoBackend {
             (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V4) => Some("flannel.1"),
             (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V6) => Some("flannel-v6.1"),
             (DemoBackend::HostGw, _) => None,
+            // Of both families.
+            (DemoBackend::Custom, _) => Some("podnet-udp0"),
         }
     }
 
-    /// What its device is made with, as `ip -d link` shows it.
-    pub(crate) fn made_with(self, local: IpAddr) -> String {
+    /// Whether packets go on while podnet does not run: so where the kernel carries them.
+    pub(crate) fn carries_without_podnet(self) -> bool {
+        match self {
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::HostGw => true,
+            DemoBackend::Custom => false,
+        }
+    }
+
+    /// What its device is made with, as `ip -d link` shows it, where it is a VXLAN device.
+    pub(crate) fn made_with(self, local: IpAddr) -> Option<String> {
         match self {
             DemoBackend::Vxlan | DemoBackend::VxlanDirect => {
-                format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning")
+                Some(format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning"))
             }
-            DemoBackend::HostGw => String::new(),
+            DemoBackend::HostGw | DemoBackend::Custom => None,
         }
     }
 
@@ -100,6 +119,7 @@ impl DemoBackend {
         match self {
             DemoBackend::Vxlan | DemoBackend::VxlanDirect => vxlan_overhead(family),
             DemoBackend::HostGw => 0,
+            DemoBackend::Custom => udp_overhead(family),
         }
     }
 
@@ -108,7 +128,10 @@ impl DemoBackend {
         let family = Family::of(subnet.ip());
         let route = match (self.crossing(underlay), self.device(family)) {
             (Crossing::Vxlan, Some(device)) => Route::via(subnet, subnet.network(), device).onlink(),
-            (Crossing::Vxlan, None) => return Err(LabError::Invalid(format!("{self} has no device for {family}"))),
+            (Crossing::Udp, Some(device)) => Route::onto(subnet, device),
+            (Crossing::Vxlan | Crossing::Udp, None) => {
+                return Err(LabError::Invalid(format!("{self} has no device for {family}")));
+            }
             (Crossing::Plain, _) => Route::via(subnet, peer.ip_in(family)?, UNDERLAY_INTERFACE),
             (Crossing::Nowhere, _) => return Ok(None),
         };
@@ -123,6 +146,7 @@ impl fmt::Display for DemoBackend {
             DemoBackend::Vxlan => "VXLAN",
             DemoBackend::VxlanDirect => "VXLAN with direct routing",
             DemoBackend::HostGw => "host-gw",
+            DemoBackend::Custom => "a custom backend (IP in UDP)",
         })
     }
 }
@@ -132,5 +156,13 @@ pub(crate) fn vxlan_overhead(family: Family) -> u32 {
     match family {
         Family::V4 => 50,
         Family::V6 => 70,
+    }
+}
+
+/// UDP 8, and the outer IP header: 20 or 40.
+pub(crate) fn udp_overhead(family: Family) -> u32 {
+    match family {
+        Family::V4 => 28,
+        Family::V6 => 48,
     }
 }

@@ -13,10 +13,10 @@ use serde_json::json;
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
 use super::proofs::{reaches, seen_outside};
-use super::{Cluster, Crossing, DemoError, Part, Seen, Stage, masquerade_table};
+use super::{Cluster, Crossing, DemoError, Part, Seen, Stage};
 use crate::cluster::UNDERLAY_INTERFACE;
 use crate::families::is_link_local;
-use crate::{Host, LabError, Node, Route, services};
+use crate::{Host, LabError, Node, Route};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -30,10 +30,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Breaks one thing after the other, in each family of the cluster.
 pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let part = Part::Repair;
+    // A device of both families is broken once.
+    let mut broken = Vec::new();
     for family in cluster.spec().families.families() {
         let named = |claim: &str| cluster.named(claim, family);
         stage.show(part, &named("a route deleted"), route(cluster, family)).await;
-        if let Some(device) = cluster.spec().backend.device(family) {
+        if let Some(device) = cluster.spec().backend.device(family).filter(|device| !broken.contains(device)) {
+            broken.push(device);
             let on = Overlay { cluster, family, device };
             if cluster.crossing() == Crossing::Vxlan {
                 stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
@@ -42,14 +45,20 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
             stage.show(part, &format!("{device} set down and up"), on.down_and_up()).await;
             stage.show(part, &format!("{device} deleted"), on.deleted()).await;
         }
-        stage.show(part, &named("the masquerade table deleted"), table(cluster, family)).await;
+        stage.show(part, &named(cluster.spec().masquerade.breakage()), rules(cluster, family)).await;
     }
-    if cluster.crossing() == Crossing::Plain {
+    // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of encapsulation over IPv4 it takes nothing.
+    let takes_something = match cluster.crossing() {
+        Crossing::Plain => true,
+        Crossing::Vxlan | Crossing::Udp => cluster.spec().families.has(Family::V6),
+        Crossing::Nowhere => false,
+    };
+    if takes_something {
         stage.show(part, &format!("{UNDERLAY_INTERFACE} set down and up"), underlay(cluster)).await;
     }
 }
 
-/// The routes are on the underlay's own device: the kernel takes them when it goes down.
+/// The link that carries everything fails for a moment.
 async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
     if cluster.other().is_none() {
         return cluster.cannot();
@@ -62,17 +71,20 @@ async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
         configuration.restore(host).await
     };
     let took = repair(cluster, shake, || NodeState::of(host)).await?;
-    repaired(cluster, cluster.spec().families.families(), took, "its peers' routes, once it had its addresses").await
+    repaired(cluster, cluster.spec().families.families(), took, "all that went with it, once it had its addresses")
+        .await
 }
 
 /// What the host's network manager configured on the underlay, and brings back when the link comes up again: not podnet's to repair.
-struct HostConfiguration {
+#[derive(Debug, Clone)]
+pub struct HostConfiguration {
     addresses: Vec<IpNetwork>,
     routes: Vec<Route>,
 }
 
 impl HostConfiguration {
-    async fn of(host: &Host) -> Result<Self, LabError> {
+    /// As it is now.
+    pub async fn of(host: &Host) -> Result<Self, LabError> {
         let addresses = host.addresses(UNDERLAY_INTERFACE).await?.into_iter();
         let mut routes = Vec::new();
         for family in Family::BOTH {
@@ -85,7 +97,8 @@ impl HostConfiguration {
         Ok(Self { addresses: addresses.filter(|address| !is_link_local(address.ip())).collect(), routes })
     }
 
-    async fn restore(&self, host: &Host) -> Result<(), LabError> {
+    /// Brings back what is missing, once the link carries packets.
+    pub async fn restore(&self, host: &Host) -> Result<(), LabError> {
         host.wait_ready(UNDERLAY_INTERFACE, DEADLINE).await?;
         // The kernel keeps IPv4 addresses over a down, and no IPv6 address.
         let there = host.addresses(UNDERLAY_INTERFACE).await?;
@@ -114,13 +127,13 @@ async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     repaired(cluster, [family], took, &format!("{subnet}{gateway}")).await
 }
 
-async fn table(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
+async fn rules(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let (node, host) = (cluster.first(), cluster.first().host());
-    let delete = async { services::delete_table(host, masquerade_table(family)) };
-    let took = repair(cluster, delete, || async { node_state::tables(host) }).await?;
+    let harm = async { cluster.spec().masquerade.break_on(host, family) };
+    let took = repair(cluster, harm, || async { node_state::rules(host) }).await?;
     let (seen, address) = (seen_outside(cluster, &node.pods()[0], family).await?, node.ip_in(family)?);
     if seen.iter().any(|seen| *seen != address) {
-        return Ok(Seen::new(false, format!("the table is back, but the outside sees {seen:?}")));
+        return Ok(Seen::new(false, format!("the rules are back, but the outside sees {seen:?}")));
     }
     repaired(cluster, [family], took, "and the outside sees the node as before").await
 }
@@ -175,6 +188,7 @@ impl Overlay<'_> {
         let took = repair(self.cluster, shake, || NodeState::of(host)).await?;
         let with_it = match self.cluster.crossing() {
             Crossing::Vxlan => "its address, neighbours, routes",
+            Crossing::Udp => "its addresses, routes",
             Crossing::Plain | Crossing::Nowhere => "its address",
         };
         self.repaired(took, with_it).await
@@ -185,12 +199,12 @@ impl Overlay<'_> {
         let before = host.link(device).await?;
         let took = repair(self.cluster, host.delete_link(device), || NodeState::of(host)).await?;
         let after = host.link(device).await?;
-        let same = before.mac == after.mac && before.mac.is_some();
-        let text = format!(
-            "made anew with {} MAC {}",
-            if same { "the same" } else { "ANOTHER" },
-            after.mac.map(mac).unwrap_or_default()
-        );
+        let same = before.mac == after.mac;
+        let text = match after.mac {
+            Some(after) if same => format!("made anew with the same MAC {}", mac(after)),
+            Some(after) => format!("made anew with ANOTHER MAC {}", mac(after)),
+            None => "made anew".to_owned(),
+        };
         let seen = self.repaired(took, &text).await?;
         if !same || before.index == after.index {
             return Ok(Seen::new(false, format!("{text} (index {} before, {} after)", before.index, after.index)));

@@ -28,6 +28,8 @@ const IPV6_HEADER: u16 = 40;
 /// flannel's port (Linux's default) and IANA's.
 const VXLAN_PORTS: [u16; 2] = [8472, 4789];
 
+const IP_IN_UDP_PORT: u16 = 8285;
+
 /// Which way a frame went, seen from the host whose interface it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +60,8 @@ pub struct Frame {
     pub udp: Option<UdpHeader>,
     /// What VXLAN carries, where the UDP destination port is 8472 or 4789.
     pub vxlan: Option<VxlanHeader>,
+    /// The IP packet that UDP carries with nothing before it, where the destination port is 8285 (flannel's `udp` backend, and the custom one here).
+    pub in_udp: Option<IpHeader>,
 }
 
 /// An IP header of either family.
@@ -239,6 +243,7 @@ fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
         ip: ip_of(&packet),
         udp: None,
         vxlan: None,
+        in_udp: None,
     };
     if let Some(TransportSlice::Udp(udp)) = &packet.transport {
         frame.udp = Some(UdpHeader {
@@ -249,6 +254,9 @@ fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
         });
         if VXLAN_PORTS.contains(&udp.destination_port()) {
             frame.vxlan = vxlan_of(udp.payload());
+        }
+        if udp.destination_port() == IP_IN_UDP_PORT {
+            frame.in_udp = LaxSlicedPacket::from_ip(udp.payload()).ok().as_ref().and_then(ip_of);
         }
     }
     Some(frame)

@@ -17,12 +17,14 @@ use super::nexthops::RouteKey;
 use super::observe;
 use super::requester::Trouble;
 use super::route::{self, Mode, Way};
-use super::wire::Messages;
+use super::wire::{Messages, number};
 use super::{ALIAS, Core, PROTOCOL, address};
 use crate::driver::{DriverError, Errno, UnitResult};
 use crate::plan::{Address, Fit, Key, Link, LinkKind, NextHop, Object, Route, Step, UnitPlan};
 use crate::types::{DeviceName, Family};
 
+/// So many routes are asked for one by one before one list of all is cheaper.
+const ASKED_ONE_BY_ONE: usize = 32;
 /// How often new nexthop ids are tried while others take them.
 const ID_TRIES: usize = 4;
 
@@ -360,6 +362,7 @@ impl<'a> Run<'a> {
 
     /// Steps on neighbours, forwarding entries and routes, of a unit at most one.
     async fn batch(&mut self, steps: Vec<(usize, &'a Step)>) {
+        let steps = self.leave_taken(steps).await;
         let objects = self.objects(&steps).await;
         let mut messages = Messages::new();
         let mut sent = Vec::with_capacity(steps.len());
@@ -371,16 +374,110 @@ impl<'a> Run<'a> {
             }
         }
         let answers = self.core.requester.transact(&mut messages).await;
-        let mut contested = Vec::new();
+        let (mut contested, mut misled) = (Vec::new(), Vec::new());
         for (sent, answer) in sent.into_iter().zip(answers) {
             match answer {
                 Err(trouble) if may_exist(sent.step, &trouble) => contested.push((sent, trouble)),
+                Err(trouble) if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Replace)),
                 answer => self.heard(&sent, answer),
             }
         }
         if !contested.is_empty() {
-            self.contest(contested, &objects).await;
+            self.contest(contested, &objects, &mut misled).await;
         }
+        if !misled.is_empty() {
+            self.lead(misled).await;
+        }
+    }
+
+    /// Sets IPv6 routes whose gateway, by the routes that are there, is on another device: the kernel refuses those even where they
+    /// are to take the place of the route that says so (`ip6_route_check_nh_onlink`). For the moment of the change, a route of its
+    /// own says where each gateway is; so there is no moment without a route. One that was left is found as any other of ours.
+    async fn lead(&mut self, misled: Vec<(Sent<'a>, Mode)>) {
+        let mut messages = Messages::new();
+        let mut led = Vec::with_capacity(misled.len());
+        for (sent, mode) in misled {
+            let Some((route, device, address)) = onlink_route_v6(sent.step) else { continue };
+            let index = match self.index(device) {
+                Ok(index) => index,
+                Err(trouble) => {
+                    self.heard(&sent, Err(trouble));
+                    continue;
+                }
+            };
+            let way = Route {
+                destination: IpNetwork::from(address),
+                metric: Route::default_metric(Family::V6),
+                next: NextHop::Device(device.clone()),
+            };
+            route::set(&mut messages, Mode::Create, &way, Way::Device(index));
+            route::set(&mut messages, mode, route, Way::Gateway { index, address, onlink: true });
+            route::delete(&mut messages, &way);
+            led.push(sent);
+        }
+        let mut answers = self.core.requester.transact(&mut messages).await.into_iter();
+        for sent in led {
+            // Where the first could not be set, the second is refused as before.
+            if let (Some(_), Some(set), Some(deleted)) = (answers.next(), answers.next(), answers.next()) {
+                self.heard(&sent, set.and(absent_is_done(deleted)));
+            }
+        }
+    }
+
+    /// Leaves out the replacements of IPv4 routes whose place somebody else has taken since the last look: the kernel would replace
+    /// his, whatever its protocol. A few are asked for one by one, many by one list. (IPv6 replaces by nexthop and adds.)
+    async fn leave_taken(&mut self, steps: Vec<(usize, &'a Step)>) -> Vec<(usize, &'a Step)> {
+        let place = |step: &Step| match step {
+            Step::Replace {
+                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
+            }
+            | Step::Remake {
+                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
+            } => Some((*destination, *metric)),
+            _ => None,
+        };
+        let asked: Vec<RouteKey> = steps.iter().filter_map(|(_, step)| place(step)).collect();
+        if asked.is_empty() {
+            return steps;
+        }
+        let mut there: HashMap<RouteKey, route::RawRoute> = HashMap::new();
+        let mut keep = |found: route::RawRoute| {
+            if let IpNetwork::V4(destination) = found.destination {
+                there.entry((destination, found.metric)).or_insert(found);
+            }
+        };
+        if asked.len() <= ASKED_ONE_BY_ONE {
+            for (destination, _) in &asked {
+                // No answer is no reason to hold back: the write will have its own.
+                let found = self.core.requester.ask(&mut route::get(*destination), route::decode);
+                found.into_iter().flatten().for_each(&mut keep);
+            }
+        } else if let Ok(all) = observe::routes(&mut self.core.requester, Family::V4).await {
+            all.into_iter().for_each(&mut keep);
+        }
+        let legacy = &self.core.legacy;
+        let flannels =
+            |raw: &route::RawRoute, step: &Step| raw.protocol == number::RTPROT_BOOT && legacy.contains(&step.key());
+        let (taken, left): (Vec<_>, Vec<_>) = steps.into_iter().partition(|(_, step)| {
+            let raw = place(step).and_then(|key| there.get(&key));
+            raw.is_some_and(|raw| raw.protocol != PROTOCOL && !flannels(raw, step))
+        });
+        if taken.is_empty() {
+            return left;
+        }
+        let links = observe::dump(&mut self.core.requester, "links", link::dump(), link::decode).await;
+        let names = Names::new(links.unwrap_or_default(), []);
+        for (unit, step) in taken {
+            if let Some(raw) = place(step).and_then(|key| there.get(&key)) {
+                let error = DriverError::InTheWay {
+                    attempted: step.to_string(),
+                    with: observe::describe(raw, &names),
+                    advice: observe::advice(raw),
+                };
+                self.settle(unit, Err(error));
+            }
+        }
+        left
     }
 
     /// Takes the kernel's answer for what it is.
@@ -420,8 +517,13 @@ impl<'a> Run<'a> {
     }
 
     /// Routes that were to be new and are there: fine if they are ours, replaced if ours and different, left alone if
-    /// somebody else's.
-    async fn contest(&mut self, contested: Vec<(Sent<'a>, Trouble)>, objects: &Objects) {
+    /// somebody else's. Those that are refused for their gateway are added to `misled`.
+    async fn contest(
+        &mut self,
+        contested: Vec<(Sent<'a>, Trouble)>,
+        objects: &Objects,
+        misled: &mut Vec<(Sent<'a>, Mode)>,
+    ) {
         let families: BTreeSet<Family> = contested
             .iter()
             .filter_map(|(sent, _)| match subject(sent.step) {
@@ -477,6 +579,7 @@ impl<'a> Run<'a> {
                 Some(raw) if observe::route_object(raw, &names) == *route => {
                     self.heard(&Sent { id: raw.nexthop, ..sent }, Ok(()));
                 }
+                None if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Create)),
                 // It was not that which kept it out.
                 None if trouble.errno() != Some(Errno::EXIST) => self.heard(&sent, Err(trouble)),
                 // Ours and different; or gone meanwhile, and then a replacement creates it.
@@ -488,7 +591,10 @@ impl<'a> Run<'a> {
         }
         let answers = self.core.requester.transact(&mut messages).await;
         for (sent, answer) in again.into_iter().zip(answers) {
-            self.heard(&sent, answer);
+            match answer {
+                Err(trouble) if is_misled(sent.step, &trouble) => misled.push((sent, Mode::Replace)),
+                answer => self.heard(&sent, answer),
+            }
         }
     }
 
@@ -703,6 +809,22 @@ fn may_exist(step: &Step, trouble: &Trouble) -> bool {
         Some(Errno::EXIST) => true,
         Some(Errno::INVAL) => route.destination.is_ipv6(),
         _ => false,
+    }
+}
+
+/// Whether an IPv6 route was refused because others lead to its gateway over another device.
+fn is_misled(step: &Step, trouble: &Trouble) -> bool {
+    trouble.errno() == Some(Errno::INVAL) && onlink_route_v6(step).is_some()
+}
+
+/// The route that a step makes, its device and its gateway, if it is IPv6 and takes the gateway as directly reachable.
+fn onlink_route_v6(step: &Step) -> Option<(&Route, &DeviceName, IpAddr)> {
+    match step.outcome()? {
+        Object::Route(route) => match &route.next {
+            NextHop::Gateway { device, address, onlink: true } if address.is_ipv6() => Some((route, device, *address)),
+            _ => None,
+        },
+        _ => None,
     }
 }
 

@@ -25,9 +25,9 @@ use super::requester::{Requester, enlarge, prepare, receive, watch};
 use super::route::{self, RawRoute};
 use super::wire::{Message, messages, number};
 use super::{NETLINK_ROUTE, PROTOCOL};
-use crate::driver::{Change, ChangeStream, DriverError, Errno, NetworkNamespace, Scope};
+use crate::driver::{Change, ChangeStream, DriverError, Errno, NetworkNamespace, OnLink, Scope};
 use crate::plan::{Address, Key, Object};
-use crate::types::{DeviceName, MacAddr};
+use crate::types::{DeviceName, Family, MacAddr};
 
 /// The receive queue that is asked for: some 4 000 events.
 pub(super) const QUEUE: usize = 4 << 20;
@@ -76,6 +76,7 @@ pub(super) async fn listen(
         requester,
         names: Names::default(),
         remotes: HashMap::new(),
+        on_link: OnLink::default(),
         congested: false,
     };
     ear.learn().await?;
@@ -131,6 +132,9 @@ struct Ear {
     names: Names,
     /// The remote that was last told for a MAC of a device of ours: to notice that it is another.
     remotes: HashMap<(u32, MacAddr), IpAddr>,
+    /// The networks on a link: others' routes inside one are part of the host's view. One that went unheard, with its device, costs
+    /// a look too many.
+    on_link: OnLink,
     /// Events were lost, and the queue has not been empty since.
     congested: bool,
 }
@@ -150,6 +154,10 @@ impl Ear {
         let nexthops = observe::nexthops(requester).await?.unwrap_or_default();
         self.names = Names::new(links, nexthops);
         self.remotes = remotes;
+        let mut routes = observe::routes(&mut self.requester, Family::V4).await?;
+        routes.extend(observe::routes(&mut self.requester, Family::V6).await?);
+        let of_others = routes.iter().filter(|route| route.protocol != PROTOCOL);
+        self.on_link = OnLink::of(of_others.map(|route| observe::seen(route, &self.names)));
         Ok(())
     }
 
@@ -334,7 +342,10 @@ impl Ear {
             if !gone && message.flags & number::NLM_F_REPLACE != 0 && self.scope.holds(route.destination) {
                 hints.changes.push(Change::Gone(key));
             }
-            hints.host |= observe::plain(&route) && self.scope.shows(&observe::seen(&route, &self.names));
+            let seen = observe::seen(&route, &self.names);
+            self.on_link.follow(&seen, gone);
+            let shown = self.scope.shows(&seen) || self.on_link.holds(route.destination);
+            hints.host |= observe::plain(&route) && shown;
             return;
         }
         if gone {

@@ -600,6 +600,31 @@ fn creating_a_route_that_is_ours_and_different_replaces_it() {
 }
 
 #[test]
+fn a_route_over_the_underlay_becomes_one_through_the_tunnel_in_both_families_although_it_leads_to_the_gateway() {
+    alone(|| async {
+        let mut node = Node::new().await;
+        for (family, on_link) in [(Family::V4, "192.168.7.9"), (Family::V6, "2001:db8:7::9")] {
+            node.apply(&[node_unit(family)]).await;
+            let tunnel = peer(family, 1);
+            let Some(Object::Route(route)) = tunnel.last() else { panic!("the route is last") };
+            let gateway = on_link.parse().unwrap();
+            let next = NextHop::Gateway { device: dev("eth0"), address: gateway, onlink: false };
+            let direct = Object::Route(Route { next, ..route.clone() });
+            node.apply(&[create(Unit::Leftover(direct.key()), std::slice::from_ref(&direct))]).await;
+            node.apply(&replace(&direct, &tunnel[2])).await;
+            assert_eq!(node.ours(false).await.get(&direct.key()), Some(&(tunnel[2].clone(), Owner::Ours)));
+            node.apply(&replace(&tunnel[2], &direct)).await;
+            // And where it was not known that it is there.
+            node.apply(&[peer_unit(family, 1)]).await;
+            let routes = node.routes(family).await;
+            let ours: Vec<_> = routes.iter().filter(|route| route.protocol == PROTOCOL).collect();
+            assert_eq!(ours.len(), 1, "no other route is left: {ours:?}");
+            assert_eq!(ours[0].hops[0].gateway, Some(route.destination.network()));
+        }
+    });
+}
+
+#[test]
 fn a_failing_object_in_the_middle_fails_its_unit_alone_with_the_kernels_words() {
     alone(|| async {
         let node = Node::new().await;
@@ -845,6 +870,9 @@ fn changes_of_others_are_told_as_what_an_observation_would_show() {
         // Somebody else's route in the place of ours.
         node.foreign_route("10.42.0.4/31", 4, "192.168.7.9", "eth0", false).await;
         expect(&mut changes, Change::Gone(route.key())).await;
+        expect(&mut changes, Change::Host).await;
+        // A detour to another node's address on the link.
+        node.foreign_route("192.168.7.77/32", 4, "192.168.7.9", "eth0", false).await;
         expect(&mut changes, Change::Host).await;
         // Another remote for a MAC may have replaced the one that is wanted.
         let mut messages = Messages::new();

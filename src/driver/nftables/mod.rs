@@ -362,7 +362,8 @@ fn dropping(
             ),
             advice: format!(
                 "it drops forwarded packets {which} {network}, and no accept in another table overrules that: \
-                 let it accept them (Docker: in the chain DOCKER-USER; firewalld: as a source of the zone trusted)"
+                 let it accept them (Docker: in the chain DOCKER-USER; firewalld: as a source of the \
+                 zone trusted, and by a policy from the zone ANY to the zone trusted with the target ACCEPT)"
             ),
         };
         found.push((chain.family != INET && chain.table == "filter", warning));

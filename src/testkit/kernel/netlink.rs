@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use async_trait::async_trait;
+use ipnetwork::IpNetwork;
 
 use super::driver::{Failure, Port, absent_is_fine, failure, in_the_way, refused};
 use super::dump::{link_line, route_line};
@@ -19,7 +20,7 @@ use crate::driver::{
 use crate::plan::{
     Address, Conflict, Domain, Fdb, Fit, Key, Link, LinkKind, Neighbour, NextHop, Object, Owner, Route, Step, UnitPlan,
 };
-use crate::types::{DeviceName, MacAddr, Mtu};
+use crate::types::{DeviceName, Family, MacAddr, Mtu};
 
 #[derive(Debug)]
 pub(super) struct FakeNetlink {
@@ -388,21 +389,48 @@ fn put_route(inner: &mut Inner, step: &Step, from: Option<&Route>, to: &Route) -
             return Err(in_the_way(step, route_line(&foreign), advice));
         }
         let what = format!("ip route replace {to}");
-        return request(inner, step, what, |s| s.route_put(&wanted, RouteMode::Replace));
+        return request(inner, step, what, |s| lead(s, &wanted, RouteMode::Replace));
     }
     let result = inner.write(&step.key(), format!("ip route add {to}"), |s| s.route_put(&wanted, RouteMode::Exclusive));
-    match (result, first(&inner.state)) {
-        (Ok(()), _) => Ok(()),
-        (Err(Stop::Refused(Errno::EXIST)), Some(there)) if there == wanted => Ok(()),
-        (Err(Stop::Refused(Errno::EXIST)), Some(there)) if there.protocol != PROTOCOL_OURS => {
-            Err(in_the_way(step, route_line(&there), advice))
+    let refused = match result {
+        Ok(()) => return Ok(()),
+        // IPv6 says so where the route that is there covers the gateway.
+        Err(Stop::Refused(errno)) if errno == Errno::EXIST || errno == Errno::INVAL && !to.destination.is_ipv4() => {
+            errno
+        }
+        Err(stop) => return Err(failure(step, stop)),
+    };
+    match first(&inner.state) {
+        Some(there) if there.protocol != PROTOCOL_OURS => Err(in_the_way(step, route_line(&there), advice)),
+        Some(there) if there == wanted => Ok(()),
+        None if refused != Errno::EXIST => {
+            request(inner, step, format!("ip route add {to}"), |s| lead(s, &wanted, RouteMode::Exclusive))
         }
         // Ours and different, or gone meanwhile: a replacement makes it so.
-        (Err(Stop::Refused(Errno::EXIST)), _) => {
-            request(inner, step, format!("ip route replace {to}"), |s| s.route_put(&wanted, RouteMode::Replace))
-        }
-        (Err(stop), _) => Err(failure(step, stop)),
+        _ => request(inner, step, format!("ip route replace {to}"), |s| lead(s, &wanted, RouteMode::Replace)),
     }
+}
+
+/// Sets a route. Where it is refused because others lead to its gateway over another device, a route of its own says for that moment
+/// where the gateway is: the three are one message, so that nobody dies between them.
+fn lead(state: &mut State, wanted: &KernelRoute, mode: RouteMode) -> Result<(), Errno> {
+    let answer = state.route_put(wanted, mode);
+    let NextHop::Gateway { device, address: address @ IpAddr::V6(_), onlink: true } = &wanted.next else {
+        return answer;
+    };
+    if answer != Err(Errno::INVAL) {
+        return answer;
+    }
+    let (destination, metric) = (IpNetwork::from(*address), Route::default_metric(Family::V6));
+    let way = our_route(&Route { destination, metric, next: NextHop::Device(device.clone()) });
+    // Where it cannot be set, the other is refused as before.
+    let _ = state.route_put(&way, RouteMode::Exclusive);
+    let answer = state.route_put(wanted, mode);
+    let gone = state.route_del(destination, |r| r.metric == metric && r.protocol == PROTOCOL_OURS);
+    answer.and(match gone {
+        Err(Errno::SRCH) => Ok(()),
+        other => other,
+    })
 }
 
 fn delete(inner: &mut Inner, step: &Step, object: &Object) -> Result<(), Failure> {

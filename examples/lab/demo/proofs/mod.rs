@@ -26,7 +26,7 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let named = |claim: &str, family| cluster.named(claim, family);
     for family in families() {
         match cluster.crossing() {
-            Crossing::Vxlan | Crossing::Plain => {
+            Crossing::Vxlan | Crossing::Udp | Crossing::Plain => {
                 let claim = named("every pod reaches every pod", family);
                 stage.show(part, &claim, reach::every_pod(cluster, family)).await;
             }

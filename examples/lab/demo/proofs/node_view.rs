@@ -2,7 +2,7 @@
 //!
 //! Compared exactly, but for the number of the route protocol and how gateways are stored, in which podnet differs from flannel on purpose.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -24,11 +24,19 @@ fn last(cluster: &Cluster) -> Result<&Node, LabError> {
     cluster.lab().nodes().last().ok_or_else(|| LabError::Invalid("the lab has no nodes".to_owned()))
 }
 
+/// A device of the overlay as it should be.
+struct Overlay {
+    addresses: Vec<String>,
+    mtu: u32,
+    made: String,
+}
+
 /// Names, addresses and MTUs; and what the overlay's devices are made with.
 pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
     let (host, spec, backend) = (node.host(), cluster.lab().spec(), cluster.spec().backend);
     let (mtu, pod_mtu) = (spec.mtu(), cluster.pod_mtu());
+    let mut overlays = BTreeMap::new();
     let (mut on_underlay, mut on_bridge, mut expected) = (Vec::new(), Vec::new(), BTreeSet::new());
     for family in spec.families() {
         let (address, subnet) = (node.ip_in(family)?, spec.subnet(node.index(), family)?);
@@ -39,14 +47,16 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
         });
         on_bridge.push(format!("{}/{}", nth(subnet, 1), subnet.prefix()));
         if let Some(device) = backend.device(family) {
-            expected.insert(format!(
-                "{device}  {}/{whole}  mtu {} up  {}",
-                subnet.network(),
-                cluster.mtu_of(family),
-                backend.made_with(address),
-            ));
+            let made = backend.made_with(address).map(|made| format!("  {made}")).unwrap_or_default();
+            let overlay: &mut Overlay = overlays.entry(device).or_insert(Overlay { addresses: Vec::new(), mtu, made });
+            overlay.addresses.push(format!("{}/{whole}", subnet.network()));
+            // A device of both families has the lesser MTU.
+            overlay.mtu = overlay.mtu.min(cluster.mtu_of(family));
         }
     }
+    expected.extend(overlays.iter().map(|(device, overlay)| {
+        format!("{device}  {}  mtu {} up{}", overlay.addresses.join(" "), overlay.mtu, overlay.made)
+    }));
     expected.insert(format!("{UNDERLAY_INTERFACE}  {}  mtu {mtu} up", on_underlay.join(" ")));
     expected.insert(format!("{DOCKER_BRIDGE}  {DOCKER_ADDRESS}/16  mtu 1500 up"));
     expected.insert(format!("{BRIDGE}  {}  mtu {pod_mtu} up", on_bridge.join(" ")));
@@ -55,7 +65,7 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     for link in host.links().await? {
         let pods_end = node.pods().iter().any(|pod| pod.node_interface() == link.name);
         // Some machines give every namespace tunnel devices: they are down and nobody's.
-        let of_the_machine = link.name == "lo" || (!link.up && link.kind.as_deref() != Some("vxlan"));
+        let of_the_machine = link.name == "lo" || (!link.up && !overlays.contains_key(link.name.as_str()));
         if pods_end || of_the_machine {
             continue;
         }

@@ -1,4 +1,4 @@
-//! What the underlay carries of a packet between pods: VXLAN from node to node, or the packet as the pod sent it.
+//! What the underlay carries of a packet between pods: VXLAN or UDP from node to node, or the packet as the pod sent it.
 //!
 //! Seen on the wire, outside of either node; podnet is not asked.
 
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::reaches;
 use crate::cluster::UNDERLAY_INTERFACE;
-use crate::demo::backend::vxlan_overhead;
+use crate::demo::backend::{udp_overhead, vxlan_overhead};
 use crate::demo::node_state::mac;
 use crate::demo::{Cluster, Crossing, DemoError, Seen};
 use crate::probe::{Capture, Frame};
@@ -17,12 +17,15 @@ use crate::{LabError, Node};
 
 const VNI: u32 = 1;
 const PORT: u16 = 8472;
+/// Of the custom backend, as of flannel's `udp`.
+const UDP_PORT: u16 = 8285;
 const SOON: Duration = Duration::from_secs(5);
 
 /// What is to be seen.
 pub(super) fn claim(cluster: &Cluster) -> &'static str {
     match cluster.crossing() {
         Crossing::Vxlan => "on the wire it is VXLAN",
+        Crossing::Udp => "on the wire it is UDP",
         Crossing::Plain => "on the wire it is as sent",
         Crossing::Nowhere => "on the wire",
     }
@@ -39,6 +42,7 @@ pub(super) async fn crossing(cluster: &Cluster, family: Family) -> Result<Seen, 
     let answered = reaches(pod.netns(), way.to).await?;
     let seen = match cluster.crossing() {
         Crossing::Vxlan => way.in_vxlan(cluster, &capture).await?,
+        Crossing::Udp => way.in_udp(&capture).await?,
         Crossing::Plain => way.plain(&capture).await?,
         Crossing::Nowhere => return cluster.cannot(),
     };
@@ -88,6 +92,33 @@ impl Way<'_> {
         let figures = json!({ "outer_source": outer.source, "outer_destination": outer.destination, "port": udp.destination,
                               "vni": vxlan.vni, "inner_source_mac": macs.0, "inner_destination_mac": macs.1,
                               "overhead_bytes": more, "bare_packets": bare });
+        Ok(Seen::new(holds, text).details(details).figures(figures))
+    }
+
+    async fn in_udp(&self, capture: &Capture) -> Result<Seen, DemoError> {
+        let is_ours = |frame: &Frame| {
+            let inner = frame.in_udp;
+            inner.is_some_and(|inner| (inner.source, inner.destination) == (self.from, self.to))
+        };
+        let frame = capture.wait_for(SOON, is_ours).await?;
+        let (Some(outer), Some(udp), Some(inner)) = (frame.ip, frame.udp, frame.in_udp) else {
+            return Ok(Seen::new(false, "a packet between pods without an outer IP header"));
+        };
+        let more = outer.total_length.saturating_sub(inner.total_length);
+        let bare = capture.report().frames.iter().filter(|frame| frame.is_between(self.from, self.to)).count();
+        let holds = (outer.source, outer.destination)
+            == (self.node.ip_in(self.family)?, self.other.ip_in(self.family)?)
+            && udp.destination == UDP_PORT
+            && u32::from(more) == udp_overhead(self.family)
+            && outer.extension_headers == 0
+            && bare == 0;
+        let text = format!(
+            "{} > {} udp {}; {} bytes inside, {more} more outside",
+            outer.source, outer.destination, udp.destination, inner.total_length
+        );
+        let details = [format!("inside: {} > {}", self.from, self.to)];
+        let figures = json!({ "outer_source": outer.source, "outer_destination": outer.destination,
+                              "port": udp.destination, "overhead_bytes": more, "bare_packets": bare });
         Ok(Seen::new(holds, text).details(details).figures(figures))
     }
 
