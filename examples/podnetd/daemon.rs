@@ -4,13 +4,13 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use podnet::config::NetworkConfig;
-use podnet::status::Status;
+use podnet::status::{ConditionState, Status};
 use podnet::subnet::SubnetManager;
 use podnet::types::NodeName;
 use podnet::{Overlay, Shutdown};
@@ -29,6 +29,8 @@ use crate::{Problem, client, node, store};
 const RETRY: Duration = Duration::from_secs(1);
 /// How long one question to it may take.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a state other than ready lasts before the log speaks of it: a start passes through many.
+const SETTLE: Duration = Duration::from_millis(500);
 /// How long the engine may take to stop.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -60,8 +62,7 @@ impl Shared {
         };
         let status = Arc::clone(&overlay.status().borrow());
         if !status.is_ready() {
-            let summary = status.summary();
-            return Some(summary.strip_prefix("not ready: ").unwrap_or(&summary).to_owned());
+            return Some(reason(&status));
         }
         match &*self.file.borrow() {
             State::Written => None,
@@ -98,6 +99,19 @@ impl Shared {
     }
 }
 
+/// Why an overlay is not ready, in one sentence: what failed comes before what only waits for it.
+pub(crate) fn reason(status: &Status) -> String {
+    let conditions = || status.conditions.iter().filter(|c| c.state != ConditionState::Met);
+    let failed = conditions().find(|c| c.state == ConditionState::Failed);
+    if let Some(condition) = failed.or_else(|| conditions().next()) {
+        return format!("{:?}: {}", condition.kind, condition.message);
+    }
+    match status.families.iter().find(|f| f.state != ConditionState::Met) {
+        Some(family) => format!("{}: {}", family.family, family.message),
+        None => format!("{:?}", status.phase).to_lowercase(),
+    }
+}
+
 /// SIGINT and SIGTERM.
 struct Signals(Signal, Signal);
 
@@ -126,7 +140,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         waiting: Mutex::new("the network's configuration is not read yet".to_owned()),
         begun: Notify::new(),
     });
-    let served = listen(&options, &shared).await?;
+    let served = Served::listen(&options, &shared).await?;
     let systemd = Arc::new(Systemd::from_environment());
     let telling = tokio::spawn({
         let (systemd, shared) = (Arc::clone(&systemd), Arc::clone(&shared));
@@ -138,17 +152,12 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         () = signals.next() => None,
     };
     let outcome = match network {
-        Some(network) => keep_network(&options, store, &network, &shared, file_state, &mut signals, &systemd).await,
+        Some(network) => keep_network(&options, store, &network, &shared, file_state, &mut signals).await,
         None => Ok(()),
     };
     telling.abort();
     systemd.stopping();
-    for task in served {
-        task.abort();
-    }
-    if let Some(path) = &options.socket {
-        let _ = fs::remove_file(path);
-    }
+    served.end();
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
@@ -172,7 +181,6 @@ async fn keep_network(
     shared: &Arc<Shared>,
     file_state: watch::Sender<State>,
     signals: &mut Signals,
-    systemd: &Systemd,
 ) -> Result<(), Problem> {
     let store = Overheard { store, term: Arc::clone(&shared.term) };
     let firewall = node::firewall(options, network)?;
@@ -189,7 +197,6 @@ async fn keep_network(
         ended = &mut runner => Err(format!("the overlay ended by itself: {ended:?}").into()),
         () = signals.next() => {
             tracing::info!("a signal: podnetd ends, and the network stays up");
-            systemd.stopping();
             // Nothing is left to do in the kernel: an engine that hangs is as good as one that stopped.
             let _ = tokio::time::timeout(FAREWELL, overlay.shutdown(Shutdown::Keep)).await;
             Ok(())
@@ -200,12 +207,24 @@ async fn keep_network(
     outcome
 }
 
-/// One line whenever what an operator would ask about changes.
+/// One line whenever what an operator would ask about changes: readiness at once, anything else when it has lasted a moment.
 async fn log_changes(mut status: watch::Receiver<Arc<Status>>) {
     let mut said = String::new();
     loop {
-        let now = status.borrow_and_update().summary();
+        let (ready, now) = {
+            let status = status.borrow_and_update();
+            let (ready, p) = (status.is_ready(), &status.peers);
+            let state = if ready { "ready".to_owned() } else { format!("not ready: {}", reason(&status)) };
+            (ready, format!("{state}; {} of {} peers connected", p.connected, p.total))
+        };
         if now != said {
+            if !ready {
+                match tokio::time::timeout(SETTLE, status.changed()).await {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(_)) => return,
+                    Err(_) => {}
+                }
+            }
             tracing::info!("{now}");
             said = now;
         }
@@ -215,27 +234,48 @@ async fn log_changes(mut status: watch::Receiver<Arc<Status>>) {
     }
 }
 
-/// Listens where the flags say. A port that cannot be had is an error, the socket of the default path is not: a host may have `/run` read-only.
-async fn listen(options: &Options, shared: &Arc<Shared>) -> Result<Vec<tokio::task::JoinHandle<()>>, Problem> {
-    let mut tasks = Vec::new();
-    if let Some(address) = options.healthz {
-        let listener =
-            TcpListener::bind(address).await.map_err(|e| format!("listen on {address} (-healthz-port): {e}"))?;
-        tasks.push(tokio::spawn(serve(Listener::Tcp(listener), Arc::clone(shared))));
-    }
-    if let Some(path) = &options.socket {
+/// What is listened on.
+#[derive(Debug, Default)]
+struct Served {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    /// The socket that is ours to take away.
+    socket: Option<PathBuf>,
+}
+
+impl Served {
+    /// Listens where the flags say. A port that cannot be had is an error; the socket is not, since a host may have `/run` read-only.
+    async fn listen(options: &Options, shared: &Arc<Shared>) -> Result<Served, Problem> {
+        let mut served = Served::default();
+        if let Some(address) = options.healthz {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.map_err(|e| format!("listen on {address} (-healthz-port): {e}"))?;
+            served.tasks.push(tokio::spawn(serve(Listener::Tcp(listener), Arc::clone(shared))));
+        }
+        let Some(path) = &options.socket else { return Ok(served) };
         if client::answers(path).await {
             let advice = "stop it, or give this one another -socket";
             return Err(format!("another podnetd answers at {}: {advice}", path.display()).into());
         }
         match unix_socket(path) {
-            Ok(listener) => tasks.push(tokio::spawn(serve(Listener::Unix(listener), Arc::clone(shared)))),
+            Ok(listener) => {
+                served.tasks.push(tokio::spawn(serve(Listener::Unix(listener), Arc::clone(shared))));
+                served.socket = Some(path.clone());
+            }
             Err(error) => {
-                tracing::warn!(%error, path = %path.display(), "no socket: -show can ask at -healthz-port alone")
+                tracing::warn!(%error, path = %path.display(), "no socket: -show can ask at -healthz-port alone");
             }
         }
+        Ok(served)
     }
-    Ok(tasks)
+
+    fn end(self) {
+        for task in self.tasks {
+            task.abort();
+        }
+        if let Some(path) = self.socket {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// A socket for root alone, in place of what a killed run left.

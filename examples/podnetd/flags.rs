@@ -7,6 +7,9 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
+/// Before the name of every variable.
+const PREFIX: &str = "FLANNELD_";
+
 /// The kind of a flag's value, with its default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -229,7 +232,13 @@ impl Given {
 
 /// The environment variable of a flag of flanneld's.
 pub(crate) fn variable(flag: &str) -> String {
-    format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"))
+    format!("{PREFIX}{}", flag.to_uppercase().replace('-', "_"))
+}
+
+/// The variables among these that look like flanneld's and are of no flag: flanneld passes them over in silence.
+pub(crate) fn unknown_variables(flags: &[&Flag], names: impl Iterator<Item = String>) -> Vec<String> {
+    let known = |name: &str| flags.iter().any(|flag| flag.of == Of::Flannel && variable(flag.name) == name);
+    names.filter(|name| name.starts_with(PREFIX) && !known(name)).collect()
 }
 
 fn unknown(flags: &[&Flag], name: &str) -> String {
@@ -390,6 +399,13 @@ mod tests {
         let int = "the environment variable FLANNELD_INT: \"x\" is not a whole number".to_owned();
         let old = "the environment variable FLANNELD_OLD: use -text instead".to_owned();
         assert_eq!(wrong, Err(Usage::Wrong(vec![int, old])));
+    }
+
+    #[test]
+    fn a_variable_of_no_flag_is_found() {
+        let names =
+            ["FLANNELD_INT", "FLANNELD_SOME_LIST", "FLANNELD_TEXT", "FLANNELD_IPMASQ", "PATH"].map(str::to_owned);
+        assert_eq!(unknown_variables(&FLAGS, names.into_iter()), ["FLANNELD_TEXT", "FLANNELD_IPMASQ"]);
     }
 
     #[test]

@@ -61,6 +61,10 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     for note in &options.notes {
         tracing::info!("{note}");
     }
+    let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    for name in flags::unknown_variables(table::FLAGS, variables) {
+        tracing::warn!("the environment variable {name} is of no flag of flannel's, and changes nothing");
+    }
     match work(options) {
         Ok(code) => code,
         Err(problem) => {

@@ -429,6 +429,17 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_names_every_flag_and_no_other() {
+        let manual = include_str!("../../docs/podnetd.md");
+        let rows = manual.lines().filter_map(|line| line.strip_prefix("| `-")?.split_once('`'));
+        let mut told: Vec<&str> = rows.map(|(name, _)| name.split(' ').next().unwrap()).collect();
+        let mut names: Vec<&str> = flag::FLAGS.iter().map(|f| f.name).collect();
+        told.sort_unstable();
+        names.sort_unstable();
+        assert_eq!(told, names);
+    }
+
+    #[test]
     fn every_flag_has_a_name_of_its_own_and_a_help() {
         let mut names: Vec<&str> = flag::FLAGS.iter().map(|f| f.name).collect();
         names.sort_unstable();

@@ -22,7 +22,7 @@ use podnet::{Error, Overlay, Shutdown};
 use serde::Serialize;
 
 use crate::options::Options;
-use crate::{Problem, node, store, subnet_file};
+use crate::{Problem, daemon, node, store, subnet_file};
 
 /// What is printed.
 #[derive(Debug, Serialize)]
@@ -55,7 +55,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let status = Arc::clone(&overlay.status().borrow());
     let _ = overlay.shutdown(Shutdown::Keep).await;
     let _ = runner.await;
-    let plan = plan.map_err(|_| format!("there is nothing to plan with yet: {}", status.summary()))??;
+    let plan = plan.map_err(|_| format!("there is nothing to plan with yet: {}", daemon::reason(&status)))??;
 
     // The device may not be there, so that nothing was programmed: the rest of the file is known all the same.
     let text = subnet_file::text(&status, options.ip_masq);

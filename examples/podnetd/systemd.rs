@@ -5,7 +5,6 @@ use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::daemon::Shared;
@@ -57,7 +56,8 @@ impl Systemd {
         if self.socket.is_none() {
             return;
         }
-        let period = self.watchdog.map_or(PERIOD, |least| (least / 2).min(PERIOD));
+        // Twice within its time, also where the engine takes a whole period to answer.
+        let period = self.watchdog.map_or(PERIOD, |longest| (longest / 4).min(PERIOD));
         let mut told_ready = false;
         loop {
             match shared.not_ready() {
@@ -94,7 +94,7 @@ async fn answers(shared: &Shared, within: Duration) -> bool {
     match shared.overlay() {
         // It waits for the store, which is not the watchdog's business.
         None => true,
-        Some(overlay) => matches!(tokio::time::timeout(within, Arc::clone(&overlay).masquerade()).await, Ok(Ok(_))),
+        Some(overlay) => matches!(tokio::time::timeout(within, overlay.masquerade()).await, Ok(Ok(_))),
     }
 }
 

@@ -99,7 +99,7 @@ impl Earlier {
     /// # Ok::<(), ipnetwork::IpNetworkError>(())
     /// ```
     pub fn read(text: &str) -> Earlier {
-        let value = |key: &str| text.lines().filter_map(assignment).filter(|(k, _)| *k == key).map(|(_, v)| v).last();
+        let value = |key: &str| text.lines().rev().filter_map(assignment).find(|(k, _)| *k == key).map(|(_, v)| v);
         let both = |v4: &str, v6: &str| {
             let v4 = value(v4)
                 .and_then(|list| only(list, |network| if let IpNetwork::V4(n) = network { Some(n) } else { None }));
