@@ -6,6 +6,7 @@
 pub mod dual;
 pub mod eye;
 pub mod firewalld;
+pub mod flannel;
 pub mod monitor;
 pub mod nft;
 pub mod privilege;

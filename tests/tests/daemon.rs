@@ -14,10 +14,12 @@ use std::pin::Pin;
 use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
 use podnet_lab::probe::{PingOptions, ping};
-use podnet_lab::{Lab, LabSpec, Netns, Stack};
-use podnet_tests::real::assert_same;
+use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
 use podnet_tests::real::eye::Eye;
+use podnet_tests::real::flannel::{flannels_device, flannels_peer};
+use podnet_tests::real::{DEVICE, assert_same};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -39,6 +41,7 @@ tests! {
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
+    a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
     remove_leaves_nothing_with_the_store_and_without_it,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
@@ -529,6 +532,42 @@ async fn a_plan_touches_nothing_and_says_what_the_daemon_then_does() {
     stage.lab.nodes()[0].host().delete_link("flannel.1").await.unwrap();
     let plan = said(&stage.run(0, &["--plan"]));
     assert!(plan.contains("create link flannel.1") && !plan.contains("subnet.env"), "{plan}");
+}
+
+async fn a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env() {
+    let stage = Stage::v4(2).await;
+    let other = stage.start(1);
+    other.until_ready();
+    // flannel's work on the node, with the file that its CNI plugin read.
+    let (node, peer) = (&stage.lab.nodes()[0], &stage.lab.nodes()[1]);
+    let (mac, host) = ([0x6e, 0x11, 0x22, 0x33, 0x44, 0], node.host());
+    flannels_device(host, mac, node.addresses().v4().unwrap().octets(), (1, 8472), 1410).await;
+    let subnet = |index| stage.lab.spec().subnet(index, Family::V4).unwrap();
+    host.add_address(DEVICE, IpNetwork::from(subnet(0).network())).await.unwrap();
+    host.set_up(DEVICE).await.unwrap();
+    flannels_peer(host, subnet(1), stage.eye(1).settled().mac(DEVICE), peer.ip()).await;
+    let text = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.0.1/24\nFLANNEL_MTU=1410\nFLANNEL_IPMASQ=true\n";
+    let file = stage.subnet_file(0);
+    fs::create_dir(file.parent().unwrap()).unwrap();
+    fs::write(&file, text).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    let (written, device) = (fs::metadata(&file).unwrap().modified().unwrap(), host.link(DEVICE).await.unwrap().index);
+
+    let plan = said(&stage.run(0, &["-plan"]));
+    assert!(plan.contains("10.42.1.0/24 via 10.42.1.0") && plan.contains("Nothing was changed."), "{plan}");
+    for never in ["delete link", "remake link", "create link", "subnet.env"] {
+        assert!(!plan.contains(never), "{never} in\n{plan}");
+    }
+
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    daemon.until_connected(1);
+    other.until_connected(1);
+    stage.assert_pods_talk().await;
+    assert_eq!(host.link(DEVICE).await.unwrap().index, device, "the device stayed");
+    assert_eq!(stage.eye(0).settled().mac(DEVICE), mac);
+    assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "what is right is not written again");
 }
 
 async fn remove_leaves_nothing_with_the_store_and_without_it() {
