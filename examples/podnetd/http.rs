@@ -201,6 +201,36 @@ mod tests {
         assert!(ask(b"PUT / HTTP/1.1\r\n\r\n").await.contains("\r\nAllow: GET, HEAD\r\n"));
     }
 
+    #[tokio::test]
+    async fn whoever_holds_all_connections_keeps_others_out_only_as_long_as_he_holds_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let serving = tokio::spawn(serve(Listener::Unix(listener), Arc::new(Echo)));
+        let served = || async {
+            let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+            let mut answer = String::new();
+            // Closed at once, it refuses the request or its answer is empty.
+            let _ = stream.write_all(b"GET /x HTTP/1.1\r\n\r\n").await;
+            let _ = stream.read_to_string(&mut answer).await;
+            answer.starts_with("HTTP/1.1 200 OK")
+        };
+        let mut idle = Vec::new();
+        for _ in 0..CONNECTIONS {
+            idle.push(tokio::net::UnixStream::connect(&path).await.unwrap());
+        }
+        assert!(!served().await, "one more is closed");
+        idle.clear();
+        tokio::time::timeout(DEADLINE, async {
+            while !served().await {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .expect("there is room again");
+        serving.abort();
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_read_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
