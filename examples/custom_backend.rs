@@ -63,8 +63,8 @@ async fn show(nodes: usize) -> Result<(), Box<dyn Error>> {
     let mut members = Vec::new();
     for node in lab.nodes() {
         let namespace = NetworkNamespace::from(node.netns().fd().try_clone_to_owned()?);
-        // All that podnet needs to know of it. Its driver must work where podnet does.
-        let backend = TunUdp::in_namespace(namespace.clone());
+        // All that podnet needs to know of it. Its driver works where podnet does.
+        let backend = TunUdp::new();
         let node = Node::builder(node.name(), subnets.clone()).backend(backend.clone()).network_namespace(namespace);
         let (overlay, runner) = node.build()?.start().await?;
         members.push(Member { overlay, runner: tokio::spawn(runner), backend });

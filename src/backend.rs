@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
-use crate::driver::{Driver, HostRoute};
+use crate::driver::{Driver, HostRoute, NetworkNamespace};
 use crate::lease::{BackendData, BackendKind, Endpoint, Offer};
 use crate::plan::{Link, Object};
 use crate::types::{DeviceName, Family, Mtu, NodeName, Stack};
@@ -283,8 +283,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// What keeps this peer out, for the status; other peers are not touched.
     fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable>;
 
-    /// A driver for a domain of its own, where netlink, firewall and sysctl do not suffice.
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
+    /// A driver for a domain of its own, where netlink, firewall and sysctl do not suffice. It works in `namespace`, which is the
+    /// node's. It is asked for more than once and is then the same; asking opens nothing: sockets and devices are opened when the
+    /// driver is first used ([`NetworkNamespace::run`]).
+    ///
+    /// What such a driver carries itself, in this process, ends with it: keeping the network at a stop
+    /// ([`Shutdown::Keep`](crate::Shutdown::Keep)) is then no more than keeping devices and routes.
+    fn driver(&self, namespace: &NetworkNamespace) -> Option<Arc<dyn Driver>> {
+        let _ = namespace;
         None
     }
 }
@@ -316,8 +322,8 @@ macro_rules! forward {
             fn peer(&self, view: &NodeView, peer: &AdmittedPeer) -> Result<Vec<Object>, Unreachable> {
                 (**self).peer(view, peer)
             }
-            fn driver(&self) -> Option<Arc<dyn Driver>> {
-                (**self).driver()
+            fn driver(&self, namespace: &NetworkNamespace) -> Option<Arc<dyn Driver>> {
+                (**self).driver(namespace)
             }
         }
     };

@@ -174,7 +174,7 @@ impl Node {
             drivers.push(Arc::new(FirewallDriver::open(&self.namespace, self.firewall).await?));
         }
         drivers.extend(self.drivers);
-        drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver()));
+        drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver(&self.namespace)));
         let (commands, queue) = mpsc::channel(QUEUE);
         let (status, watcher) = watch::channel(Arc::new(starting(&self.settings.node)));
         let span = tracing::info_span!("podnet", node = %self.settings.node);
@@ -347,7 +347,7 @@ impl NodeBuilder {
             // A backend may have one device for both families.
             let own: BTreeSet<_> = Family::BOTH.iter().flat_map(|family| backend.devices(*family)).collect();
             for device in own {
-                if device.maker == Maker::OwnDriver && backend.driver().is_none() {
+                if device.maker == Maker::OwnDriver && backend.driver(&self.namespace).is_none() {
                     let problem =
                         format!("the backend {} has no driver for its device {}", backend.kind(), device.name);
                     problems.push(problem);
@@ -365,7 +365,7 @@ impl NodeBuilder {
             .drivers
             .iter()
             .map(|d| d.domain())
-            .chain(self.backends.iter().filter_map(|b| b.driver()).map(|d| d.domain()))
+            .chain(self.backends.iter().filter_map(|b| b.driver(&self.namespace)).map(|d| d.domain()))
         {
             if !domains.insert(domain.clone()) {
                 problems.push(format!("two drivers are given for the domain {domain}: one is allowed"));

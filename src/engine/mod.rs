@@ -674,7 +674,14 @@ impl Engine {
         !self.unseen.contains_key(&Domain::Netlink)
             && self.view.as_ref().is_some_and(|v| v.families.contains(&family) && !v.is_blocked(family))
             && !self.failures.contains_key(&ground)
-            && !self.conflicts.keys().any(|key| self.desired.owner(key) == Some(&ground))
+            && !self.conflicts.keys().any(|key| self.concerns(key, &ground))
+    }
+
+    /// Whether something in the way of an object holds up a unit: it wants the object itself, or something on that device, which
+    /// an own driver makes and no unit names.
+    fn concerns(&self, key: &Key, unit: &Unit) -> bool {
+        let on_it = |device: &DeviceName| self.desired.unit(unit).iter().any(|o| o.device() == Some(device));
+        self.desired.owner(key) == Some(unit) || matches!(key, Key::Link(device) if on_it(device))
     }
 
     /// The difference as it is now. With `compare` of everything, else of the units that changed.

@@ -269,7 +269,7 @@ impl Engine {
     fn no_ground(&self, family: Family) -> Option<(ConditionState, String)> {
         let ground = Unit::Node(family);
         let blocking = self.view.iter().flat_map(|view| &view.blocking).find(|(of, _)| *of == family);
-        let in_the_way = || self.conflicts.iter().find(|(key, _)| self.desired.owner(key) == Some(&ground));
+        let in_the_way = || self.conflicts.iter().find(|(key, _)| self.concerns(key, &ground));
         let conflict = blocking.map(|(_, conflict)| conflict).or_else(|| in_the_way().map(|(_, conflict)| conflict));
         if let Some(conflict) = conflict {
             return Some((ConditionState::Failed, conflict.to_string()));

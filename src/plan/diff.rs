@@ -34,15 +34,9 @@ pub fn diff(desired: &Desired, picture: &Picture, prune: Prune) -> Plan {
         // A setting of the host is never unset: what it was before is not known after a restart.
         unwanted.retain(|(key, _)| !matches!(key, Key::Sysctl(_)));
         // What dies with its device needs no step of its own.
-        let dying: HashSet<DeviceName> = unwanted
-            .iter()
-            .filter_map(|(_, object)| match object {
-                Object::Link(link) => Some(link.name.clone()),
-                _ => None,
-            })
-            .collect();
+        let dying: HashSet<DeviceName> = unwanted.iter().filter_map(|(_, object)| object.makes().cloned()).collect();
         for (key, object) in unwanted {
-            let dies = !matches!(object, Object::Link(_))
+            let dies = object.makes().is_none()
                 && object.device().is_some_and(|d| dying.contains(d) || work.remade.contains(d));
             if !dies {
                 work.plan.units.push(UnitPlan { unit: Unit::Leftover(key), steps: vec![Step::Delete(object)] });
@@ -70,7 +64,7 @@ pub fn diff_units(desired: &Desired, picture: &Picture, changed: &[(Unit, Vec<Ob
             let key = object.key();
             let unwanted = desired.owner(&key).is_none() && deleted.insert(key.clone());
             if let Some((there, _)) = picture.get(&key).filter(|_| unwanted) {
-                let dies = !matches!(there, Object::Link(_)) && there.device().is_some_and(|d| work.remade.contains(d));
+                let dies = there.makes().is_none() && there.device().is_some_and(|d| work.remade.contains(d));
                 if !dies {
                     steps.push(Step::Delete(there.clone()));
                 }
@@ -128,11 +122,11 @@ impl<'a> Work<'a> {
     }
 
     fn step(&mut self, wanted: &Object, key: &Key) -> Option<Step> {
-        let doomed = !matches!(wanted, Object::Link(_)) && wanted.device().is_some_and(|d| self.remade.contains(d));
+        let doomed = wanted.makes().is_none() && wanted.device().is_some_and(|d| self.remade.contains(d));
         let Some((there, owner)) = self.picture.get(key).filter(|_| !doomed) else {
-            if let Object::Link(link) = wanted {
+            if let Some(device) = wanted.makes() {
                 // Whatever the picture says of a device that is not there is out of date.
-                self.remade.insert(link.name.clone());
+                self.remade.insert(device.clone());
             }
             return Some(Step::Create(wanted.clone()));
         };

@@ -157,6 +157,15 @@ impl Object {
         }
     }
 
+    /// The device that this object is: nothing on it outlives it.
+    pub fn makes(&self) -> Option<&DeviceName> {
+        match self {
+            Object::Link(o) => Some(&o.name),
+            Object::Custom(o) => o.makes.as_ref(),
+            _ => None,
+        }
+    }
+
     /// The device that must be there first, and with which this object dies: a route names it in its value.
     pub fn device(&self) -> Option<&DeviceName> {
         match self {
@@ -486,6 +495,8 @@ pub struct Custom {
     pub domain: Cow<'static, str>,
     /// Which object of that domain.
     pub name: String,
+    /// The device that it is, if it is one: what of other domains is on that device comes after it and goes with it.
+    pub makes: Option<DeviceName>,
     /// What is wanted of it; the driver alone reads it.
     pub spec: serde_json::Value,
 }

@@ -49,14 +49,14 @@ impl Picture {
             }
             Step::Create(to) | Step::Remake { to, .. } => {
                 // Nothing is on a device that is new.
-                if let Object::Link(link) = to {
-                    self.forget_dependents(&link.name);
+                if let Some(device) = to.makes() {
+                    self.forget_dependents(device);
                 }
                 self.objects.insert(to.key(), (to.clone(), Owner::Ours));
             }
             Step::Delete(object) => {
-                if let Object::Link(link) = object {
-                    self.forget_dependents(&link.name);
+                if let Some(device) = object.makes() {
+                    self.forget_dependents(device);
                 }
                 self.objects.remove(&object.key());
             }

@@ -105,10 +105,6 @@ impl Cluster {
         eye.settled()
     }
 
-    fn backend(&self, index: usize) -> TunUdp {
-        TunUdp::in_namespace(namespace(self.netns(index)))
-    }
-
     fn builder(&self, index: usize, backend: &TunUdp) -> NodeBuilder {
         Node::builder(self.lab.nodes()[index].name(), self.stores[index].clone())
             .backend(backend.clone())
@@ -123,7 +119,7 @@ impl Cluster {
     }
 
     async fn start_all(&self) -> (Vec<Running>, Vec<TunUdp>) {
-        let backends: Vec<TunUdp> = (0..self.lab.nodes().len()).map(|index| self.backend(index)).collect();
+        let backends: Vec<TunUdp> = (0..self.lab.nodes().len()).map(|_| TunUdp::new()).collect();
         let mut running = Vec::new();
         for (index, backend) in backends.iter().enumerate() {
             running.push(self.start(index, backend).await);
@@ -246,7 +242,7 @@ async fn nodes_learn_from_leases_on_which_port_each_listens_and_follow_one_that_
     }
     let cluster = Cluster::sharing(2).await;
     let port = |number| NonZeroU16::new(number).unwrap();
-    let backends = [cluster.backend(0).port(port(4001)), cluster.backend(1).port(port(4002))];
+    let backends = [TunUdp::new().port(port(4001)), TunUdp::new().port(port(4002))];
     let first = spawn(cluster.builder(0, &backends[0])).await;
     let other = cluster.start(1, &backends[1]).await;
     first.until(connected(1)).await;
@@ -271,9 +267,9 @@ async fn the_driver_hints_by_itself_when_its_data_plane_breaks() {
         return;
     }
     let cluster = Cluster::of(2).await;
-    let backend = cluster.backend(0);
+    let backend = TunUdp::new();
     let running = cluster.start(0, &backend).await;
-    let driver = backend.driver().unwrap();
+    let driver = backend.driver(&namespace(cluster.host(0).netns())).unwrap();
     let mut hints = driver.changes(&Scope::new(cluster.lab.spec().networks)).await.unwrap();
     assert!(futures::poll!(hints.next()).is_pending(), "it is quiet while all is well");
     // Nobody is left who would repair it.
@@ -286,9 +282,9 @@ async fn the_driver_hints_by_itself_when_its_data_plane_breaks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_listener_that_cannot_move_stays_where_it_is_and_other_units_go_on() {
     let host = Host::new("listener").unwrap();
-    let driver = TunUdp::in_namespace(namespace(host.netns())).driver().unwrap();
+    let driver = TunUdp::new().driver(&namespace(host.netns())).unwrap();
     let custom = |name: &str, spec: serde_json::Value| {
-        Object::Custom(Custom { domain: "tun-udp".into(), name: name.to_owned(), spec })
+        Object::Custom(Custom { domain: "tun-udp".into(), name: name.to_owned(), makes: None, spec })
     };
     let listener =
         |address: &str| custom("listener IPv4", serde_json::json!({ "address": address, "subnet": "10.42.2.0/24" }));
@@ -346,9 +342,9 @@ async fn what_a_restart_finds_is_taken_over_and_whoever_keeps_the_backend_keeps_
     }
     let cluster = Cluster::of(2).await;
     let host = cluster.host(0);
-    let other = cluster.backend(1);
+    let other = TunUdp::new();
     let _other = cluster.start(1, &other).await;
-    let backend = cluster.backend(0);
+    let backend = TunUdp::new();
     let running = cluster.start(0, &backend).await;
     cluster.assert_pods_talk().await;
     let (whole, index) = (cluster.settled(0), host.link(DEVICE).await.unwrap().index);
@@ -366,7 +362,7 @@ async fn what_a_restart_finds_is_taken_over_and_whoever_keeps_the_backend_keeps_
     running.abort().await;
     wait_until("nobody serves the device", PATIENCE, || async { Ok(!host.link(DEVICE).await?.running) }).await.unwrap();
     assert_eq!(cluster.answered(1, 0, Family::V4).await, 0);
-    let running = cluster.start(0, &cluster.backend(0)).await;
+    let running = cluster.start(0, &TunUdp::new()).await;
     cluster.assert_pods_talk().await;
     assert_eq!(host.link(DEVICE).await.unwrap().index, index, "the same device");
     assert_same(&whole, &cluster.settled(0));
@@ -397,7 +393,7 @@ async fn after_remove_state_nothing_of_it_is_left() {
     drop(backends);
     let second = running.remove(0);
     second.abort().await;
-    let running = cluster.start(1, &cluster.backend(1)).await;
+    let running = cluster.start(1, &TunUdp::new()).await;
     assert!(running.overlay.shutdown(Shutdown::RemoveState).await.unwrap().is_clean());
     assert!(!cluster.host(1).has_link(DEVICE).await.unwrap());
 }
@@ -421,7 +417,7 @@ async fn a_peer_speaks_for_its_own_pods_alone_and_to_ours_alone() {
     }
     for family in Family::BOTH {
         let cluster = Cluster::of(3).await;
-        let backend = cluster.backend(0);
+        let backend = TunUdp::new();
         let _running = cluster.start(0, &backend).await;
         // Node 1 is this test: it says what it likes.
         let address = cluster.lab.nodes()[1].ip_in(family).unwrap();
@@ -468,7 +464,7 @@ async fn what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone_the_node
     let squatter = cluster.netns(0).udp_socket(SocketAddr::new(node, PORT.get())).unwrap();
     let with_bridge = eye.settled();
 
-    let running = spawn(cluster.builder(0, &cluster.backend(0))).await;
+    let running = spawn(cluster.builder(0, &TunUdp::new())).await;
     let named = |status: &Status| {
         let texts = status.conflicts.iter().map(ToString::to_string);
         texts
@@ -483,7 +479,7 @@ async fn what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone_the_node
     let status = running.until(|status| status.to_string().contains("ss -ulpn")).await;
     assert!(!status.is_ready() && status.to_string().contains("8285"), "{status}");
     // The other family does not wait for that port.
-    let _other = cluster.start(1, &cluster.backend(1)).await;
+    let _other = cluster.start(1, &TunUdp::new()).await;
     wait_until("IPv6 works", PATIENCE, || async { Ok(cluster.answered(1, 0, Family::V6).await == 3) }).await.unwrap();
     assert_eq!(cluster.answered(1, 0, Family::V4).await, 0);
 

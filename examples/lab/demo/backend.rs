@@ -8,7 +8,6 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use podnet::NodeBuilder;
-use podnet::driver::NetworkNamespace;
 use podnet::types::Family;
 use podnet_host_gw::HostGw;
 use podnet_tun_udp::TunUdp;
@@ -46,13 +45,13 @@ pub enum Crossing {
 }
 
 impl DemoBackend {
-    /// Gives it to a node, which works in this namespace.
-    pub(crate) fn on(self, builder: NodeBuilder, namespace: &NetworkNamespace) -> NodeBuilder {
+    /// Gives it to a node.
+    pub(crate) fn on(self, builder: NodeBuilder) -> NodeBuilder {
         match self {
             DemoBackend::Vxlan => builder.backend(Vxlan::new()),
             DemoBackend::VxlanDirect => builder.backend(Vxlan::new().direct_routing(true)),
             DemoBackend::HostGw => builder.backend(HostGw::new()),
-            DemoBackend::Custom => builder.backend(TunUdp::in_namespace(namespace.clone())),
+            DemoBackend::Custom => builder.backend(TunUdp::new()),
         }
     }
 

@@ -35,7 +35,7 @@ impl PodNetwork {
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
         let namespace = NetworkNamespace::File(Arc::new(namespace));
-        let builder = spec.backend.on(podnet::Node::builder(node.name(), subnets.clone()), &namespace);
+        let builder = spec.backend.on(podnet::Node::builder(node.name(), subnets.clone()));
         let mut builder = spec.masquerade.on(builder.network_namespace(namespace))?;
         for family in node.addresses().families() {
             let network = service_network(family);

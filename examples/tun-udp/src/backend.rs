@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ipnetwork::IpNetwork;
 use podnet::backend::{
@@ -43,18 +43,14 @@ struct OfferData {
 #[derive(Debug, Clone)]
 pub struct TunUdp {
     port: NonZeroU16,
-    driver: Arc<TunUdpDriver>,
+    /// Made when the node says in which namespace; clones share it.
+    driver: Arc<OnceLock<Arc<TunUdpDriver>>>,
 }
 
 impl TunUdp {
-    /// The backend with the port [`PORT`], in the network namespace of the thread that polls the node's runner.
+    /// The backend with the port [`PORT`], for one node.
     pub fn new() -> Self {
-        Self::in_namespace(NetworkNamespace::Current)
-    }
-
-    /// The backend in this network namespace: the one that [`NodeBuilder`](podnet::NodeBuilder::network_namespace) is given.
-    pub fn in_namespace(namespace: NetworkNamespace) -> Self {
-        TunUdp { port: PORT, driver: Arc::new(TunUdpDriver::new(namespace, device())) }
+        TunUdp { port: PORT, driver: Arc::default() }
     }
 
     /// Listens on another UDP port. Peers learn it from the lease.
@@ -64,7 +60,7 @@ impl TunUdp {
 
     /// What was carried and dropped so far.
     pub fn traffic(&self) -> Traffic {
-        self.driver.traffic()
+        self.driver.get().map(|driver| driver.traffic()).unwrap_or_default()
     }
 
     /// What is left of the underlay's MTU in a family, in bytes.
@@ -85,12 +81,9 @@ impl TunUdp {
 
     /// The device as both families want it: equal whichever of them asks, since it follows from the view alone.
     fn tunnel(&self, view: &NodeView) -> Result<Tunnel, BackendError> {
-        let mut least: Option<Mtu> = None;
-        for family in view.offer.endpoints.families() {
-            let mtu = self.inner_mtu(&view.underlay, family)?;
-            least = Some(least.map_or(mtu, |least| least.min(mtu)));
-        }
-        let mtu = least.ok_or_else(|| refuse("this node offers nothing".to_owned()))?;
+        // A family that the underlay is too narrow for leaves the other alone.
+        let served = view.offer.endpoints.families().filter_map(|family| self.inner_mtu(&view.underlay, family).ok());
+        let mtu = served.min().ok_or_else(|| refuse("no family of this node has an MTU that is enough".to_owned()))?;
         Ok(Tunnel { mtu, up: true, served: true })
     }
 }
@@ -130,6 +123,7 @@ impl Backend for TunUdp {
 
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
         let missing = |what: &str| refuse(format!("this node has no {family} {what}"));
+        self.inner_mtu(&view.underlay, family)?;
         let subnet = view.subnet(family).ok_or_else(|| missing("subnet"))?;
         // Where packets leave and come to; the public address of the offer may be that of a NAT.
         let local = view.underlay.address(family).ok_or_else(|| missing("address on the underlay"))?;
@@ -156,8 +150,9 @@ impl Backend for TunUdp {
         ])
     }
 
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
-        Some(Arc::clone(&self.driver) as Arc<dyn Driver>)
+    fn driver(&self, namespace: &NetworkNamespace) -> Option<Arc<dyn Driver>> {
+        let make = || Arc::new(TunUdpDriver::new(namespace.clone(), device()));
+        Some(Arc::clone(self.driver.get_or_init(make)) as Arc<dyn Driver>)
     }
 }
 

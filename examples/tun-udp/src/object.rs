@@ -70,12 +70,16 @@ impl Item {
             Item::Peer(subnet, peer) => (format!("{PEER_PREFIX}{subnet}"), serde_json::to_value(peer)),
         };
         // Structs of numbers, addresses and booleans with names as keys: there is nothing that JSON could not say.
-        Object::Custom(Custom { domain: DOMAIN.into(), name, spec: spec.unwrap_or_default() })
+        let makes = match self {
+            Item::Device(name, _) => Some(name.clone()),
+            Item::Listener(..) | Item::Peer(..) => None,
+        };
+        Object::Custom(Custom { domain: DOMAIN.into(), name, makes, spec: spec.unwrap_or_default() })
     }
 
     /// From an object of podnet's plan; or why it is none of this domain's.
     pub(crate) fn of(object: &Object) -> Result<Item, String> {
-        let Object::Custom(Custom { domain, name, spec }) = object else {
+        let Object::Custom(Custom { domain, name, spec, .. }) = object else {
             return Err(format!("{object} is not of the domain {DOMAIN}"));
         };
         let broken = |error: &dyn std::fmt::Display| format!("{domain} {name} cannot be read: {error}");
@@ -133,6 +137,7 @@ mod tests {
         assert_eq!(Item::Device(name.clone(), tunnel(false)).object().key(), device_key(&name));
         let custom = |domain: &'static str, name: &str, spec: &str| {
             Object::Custom(Custom {
+                makes: None,
                 domain: domain.into(),
                 name: name.into(),
                 spec: serde_json::from_str(spec).unwrap(),

@@ -279,6 +279,15 @@ pub(super) fn sort(found: &Found, scope: &Scope) -> Observed {
             }
             continue;
         }
+        if link.alias == ALIAS && link.kind != "vxlan" && !scope.devices.contains(name) {
+            observed.warnings.push(Conflict {
+                object: Key::Link(name.clone()),
+                with: link.describe(),
+                advice: format!(
+                    "another backend of podnet's made it, and none here has it: ip link del {name}, if it is not used"
+                ),
+            });
+        }
         if !scope.devices.contains(name) && ours(link, scope).is_none() {
             continue;
         }

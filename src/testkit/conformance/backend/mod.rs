@@ -61,9 +61,11 @@ mod tests;
 use std::sync::Arc;
 
 use super::{Findings, Report, Rule, differences, ensure};
-use crate::backend::{AdmittedPeer, Backend, Capabilities, Device, Maker, NodeView, OfferContext, Underlay};
+use crate::backend::{
+    AdmittedPeer, Backend, BackendError, Capabilities, Device, Maker, NodeView, OfferContext, Underlay,
+};
 use crate::lease::{BackendData, BackendKind, Endpoint, Offer};
-use crate::plan::{Domain, Link, Object};
+use crate::plan::{Domain, Key, Link, Object};
 use crate::testkit::kernel::FakeKernel;
 use crate::types::{Family, Mtu, Stack};
 
@@ -485,8 +487,17 @@ fn stand_alone(probe: &mut Probe<'_>, scenario: &Scenario, place: &Place, view: 
         let both = probe.ask(&at, "offer", |b| (context(view, b), b.mtu(&view.underlay, family)));
         let one = probe.ask(&at, "offer", |b| (context(&alone, b), b.mtu(&alone.underlay, family)));
         probe.check(ALONE, format!("{at}, offer and mtu"), same(&both, &one));
-        let both = probe.ask(&at, "node", |b| b.node(view, family));
-        let one = probe.ask(&at, "node without the other family", |b| b.node(&alone, family));
+        // What both families want follows from both; that they agree on it is a rule of its own.
+        let other = |b: &dyn Backend| Family::BOTH.into_iter().filter(|f| *f != family).map(|f| b.node(view, f)).next();
+        let shared: Vec<Key> = match probe.ask(&at, "node of the other family", other) {
+            Some(Some(Ok(objects))) => objects.iter().map(Object::key).collect(),
+            _ => Vec::new(),
+        };
+        let own = |objects: Result<Vec<Object>, BackendError>| {
+            objects.map(|all| all.into_iter().filter(|o| !shared.contains(&o.key())).collect::<Vec<_>>())
+        };
+        let both = probe.ask(&at, "node", |b| b.node(view, family)).map(own);
+        let one = probe.ask(&at, "node without the other family", |b| b.node(&alone, family)).map(own);
         probe.check(ALONE, format!("{at}, node"), same(&both, &one));
         for other in scenario.nodes.iter().skip(1) {
             let (Some(subnet), Some(address)) = (other.subnet(family), other.address(family)) else { continue };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{Findings, NEVER_PANICS, ONE_LINE, Rule, SAME_ANSWER, ensure};
 use crate::backend::Backend;
-use crate::driver::Driver;
+use crate::driver::{Driver, NetworkNamespace};
 
 /// The most bytes of a text that gets into logs and status.
 const TEXT: usize = 1024;
@@ -52,7 +52,7 @@ impl<'a> Probe<'a> {
 
     /// Its own driver. Two calls may make two.
     pub(super) fn driver(&mut self, at: &str) -> Option<Arc<dyn Driver>> {
-        match catch_unwind(AssertUnwindSafe(|| self.backend.driver())) {
+        match catch_unwind(AssertUnwindSafe(|| self.backend.driver(&NetworkNamespace::Current))) {
             Ok(driver) => driver,
             Err(panic) => {
                 let outcome = Err(format!("it panics: {}", words(&*panic)));

@@ -9,8 +9,8 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::backend::{BackendError, Reach, Unreachable};
-use crate::driver::{ChangeStream, Driver, DriverError, Observed, Scope, UnitResult};
+use crate::backend::{Reach, Unreachable};
+use crate::driver::{ChangeStream, Driver, DriverError, NetworkNamespace, Observed, Scope, UnitResult};
 use crate::plan::{
     Address, Custom, Fdb, LinkKind, Neighbour, NextHop, Object, Owner, Route, Sysctl, SysctlName, UnitPlan, Vxlan,
 };
@@ -238,7 +238,7 @@ impl Backend for Tunnel {
             }
             Fault::DriverLeavesThings => {
                 let (name, spec) = (format!("thing of {family}"), serde_json::Value::Null);
-                objects.push(Object::Custom(Custom { domain: "leaky".into(), name, spec }));
+                objects.push(Object::Custom(Custom { domain: "leaky".into(), name, makes: None, spec }));
             }
             Fault::WantsSysctl => {
                 let name = SysctlName::forwarding(family);
@@ -280,7 +280,7 @@ impl Backend for Tunnel {
             Fault::RouteFirst => objects.rotate_right(1),
             Fault::CustomOfNobody => {
                 let (name, spec) = (peer.name.to_string(), serde_json::Value::Null);
-                objects.insert(0, Object::Custom(Custom { domain: "nobody".into(), name, spec }));
+                objects.insert(0, Object::Custom(Custom { domain: "nobody".into(), name, makes: None, spec }));
             }
             Fault::SysctlOfAPeer => {
                 let name = SysctlName::from(UNSEEN.to_owned());
@@ -291,7 +291,7 @@ impl Backend for Tunnel {
         Ok(objects)
     }
 
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
+    fn driver(&self, _: &NetworkNamespace) -> Option<Arc<dyn Driver>> {
         match self.fault {
             Fault::DriverOfNetlink => Some(Arc::new(NoDriver(Domain::Netlink))),
             Fault::DriverLeavesThings => Some(Arc::new(self.leaky.clone()?)),

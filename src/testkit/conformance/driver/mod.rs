@@ -256,7 +256,7 @@ fn one_of_each_kind(stage: &Stage) -> Vec<Object> {
 /// An object that no driver but its own knows: of another domain than any that is tried.
 fn anothers() -> Object {
     let spec = serde_json::Value::Null;
-    Object::Custom(Custom { domain: "conformance suite".into(), name: "nobody's".to_owned(), spec })
+    Object::Custom(Custom { domain: "conformance suite".into(), name: "nobody's".to_owned(), makes: None, spec })
 }
 
 fn is_setting(object: &Object) -> bool {
