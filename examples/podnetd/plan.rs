@@ -156,8 +156,8 @@ impl Backend for LookOnly<Box<dyn Backend>> {
         self.0.peer(view, peer)
     }
 
-    fn driver(&self) -> Option<Arc<dyn Driver>> {
-        Some(Arc::new(LookOnly(self.0.driver()?)))
+    fn driver(&self, namespace: &NetworkNamespace) -> Option<Arc<dyn Driver>> {
+        Some(Arc::new(LookOnly(self.0.driver(namespace)?)))
     }
 }
 
