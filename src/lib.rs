@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! SubnetManager --events--> Admission --admitted--> Backend, Masquerade --> Desired --+
-//!  memory, file             (pure: who may          (pure functions)                  +-- diff --> Plan --> Driver.apply --> kernel
+//!  memory, file, etcd       (pure: who may          (pure functions)                  +-- diff --> Plan --> Driver.apply --> kernel
 //!                            claim what)             Driver.observe --> Picture ------+   (pure)    ^           |
 //!                                                    Driver.changes --------------------------------+-----------+ (hints, lossy)
 //! ```
@@ -59,6 +59,7 @@
 //! | crate, feature | what it is | what it pulls in |
 //! |---|---|---|
 //! | `podnet` | the core: leases, admission, plan, drivers for netlink, nftables and sysctl, the engine | tokio, rtnetlink |
+//! | feature `etcd` | leases in etcd, as flannel keeps them (`subnet::etcd`) | etcd-client with rustls; `protoc` to build it |
 //! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
 //! | `podnet-vxlan` | the VXLAN backend | nothing more |
 //!

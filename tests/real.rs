@@ -4,6 +4,7 @@
 //! happened, and never touches a namespace that it did not make.
 
 pub mod dual;
+pub mod etcd;
 pub mod eye;
 pub mod firewalld;
 pub mod flannel;

@@ -50,7 +50,17 @@ pub(crate) struct EtcdFlags {
     pub(crate) certificate: Option<PathBuf>,
     pub(crate) authority: Option<PathBuf>,
     pub(crate) user: Option<String>,
-    pub(crate) password: Option<String>,
+    pub(crate) password: Option<Password>,
+}
+
+/// Never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Password(pub(crate) String);
+
+impl std::fmt::Debug for Password {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(not shown)")
+    }
 }
 
 /// Where the firewall rules go.
@@ -245,7 +255,7 @@ fn store(given: &Given, problems: &mut Problems, needed: bool) -> Option<StoreCh
             certificate: path(flag::ETCD_CERTFILE),
             authority: path(flag::ETCD_CAFILE),
             user: given.text(flag::ETCD_USERNAME).map(str::to_owned),
-            password: given.text(flag::ETCD_PASSWORD).map(str::to_owned),
+            password: given.text(flag::ETCD_PASSWORD).map(|text| Password(text.to_owned())),
         })
     };
     let choice = match given.text(flag::SUBNETS).map(|text| (text, text.split_once('='))) {
@@ -257,6 +267,9 @@ fn store(given: &Given, problems: &mut Problems, needed: bool) -> Option<StoreCh
             return None;
         }
     };
+    if let StoreChoice::Etcd(flags) = &choice {
+        check_etcd(flags, problems);
+    }
     if let (Some(name), false) = (given_etcd, matches!(choice, StoreChoice::Etcd(_))) {
         problems.0.push(format!("the flag -{name}: -subnets names another store than etcd"));
     }
@@ -267,6 +280,21 @@ fn store(given: &Given, problems: &mut Problems, needed: bool) -> Option<StoreCh
         problems.0.push(problem.to_owned());
     }
     Some(choice)
+}
+
+/// What of etcd's flags only makes sense together. flanneld passes over what is missing, and speaks without TLS.
+fn check_etcd(flags: &EtcdFlags, problems: &mut Problems) {
+    let both = |problems: &mut Problems, one: bool, (flag, other): (&Flag, &Flag)| {
+        if one {
+            problems.add(flag, format!("it goes with -{}", other.name));
+        }
+    };
+    let (certificate, key, authority) = (flags.certificate.is_some(), flags.key.is_some(), flags.authority.is_some());
+    both(problems, certificate && !key, (flag::ETCD_CERTFILE, flag::ETCD_KEYFILE));
+    both(problems, key && !certificate, (flag::ETCD_KEYFILE, flag::ETCD_CERTFILE));
+    both(problems, certificate && !authority, (flag::ETCD_CERTFILE, flag::ETCD_CAFILE));
+    both(problems, flags.password.is_some() && flags.user.is_none(), (flag::ETCD_PASSWORD, flag::ETCD_USERNAME));
+    both(problems, flags.user.is_some() && flags.password.is_none(), (flag::ETCD_USERNAME, flag::ETCD_PASSWORD));
 }
 
 /// flanneld's order: the devices as given, the patterns, the address to be reached; without any of them, the device that has the public
@@ -325,7 +353,12 @@ mod tests {
     }
 
     fn problems(arguments: &str) -> String {
-        match read(&format!("--subnets=file=/x {arguments}")) {
+        let arguments = if arguments.contains("--subnets") {
+            arguments.to_owned()
+        } else {
+            format!("--subnets=file=/x {arguments}")
+        };
+        match read(&arguments) {
             Err(Usage::Wrong(problems)) => problems.join("\n"),
             other => panic!("{arguments}: {other:?}"),
         }
@@ -394,6 +427,16 @@ mod tests {
             ("--healthz-ip=localhost", "the flag -healthz-ip: \"localhost\" is not an address"),
             ("--subnet-lease-renew-margin=1440", "1 to 1439 minutes"),
             ("--firewall=pf", "none of config, nftables, iptables, auto"),
+            (
+                "--subnets=etcd --etcd-certfile=/c --etcd-cafile=/a",
+                "the flag -etcd-certfile: it goes with -etcd-keyfile",
+            ),
+            ("--subnets=etcd --etcd-keyfile=/k", "the flag -etcd-keyfile: it goes with -etcd-certfile"),
+            (
+                "--subnets=etcd --etcd-certfile=/c --etcd-keyfile=/k",
+                "the flag -etcd-certfile: it goes with -etcd-cafile",
+            ),
+            ("--subnets=etcd --etcd-password=x", "the flag -etcd-password: it goes with -etcd-username"),
             ("--plan --show", "-plan and -show are given: one at a time"),
             ("--leave", "it goes with -remove"),
             ("--json", "it goes with -plan, -show or -remove"),

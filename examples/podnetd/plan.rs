@@ -1,8 +1,9 @@
 //! `-plan`: what these flags would change on this node. The node is built as the daemon builds it, over drivers that look and never change
 //! anything, and over a store that is read and never written. It takes no lock, so that it can be asked beside a running podnetd.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -14,10 +15,10 @@ use podnet::driver::firewall::FirewallDriver;
 use podnet::driver::netlink::NetlinkDriver;
 use podnet::driver::sysctl::SysctlDriver;
 use podnet::driver::{ChangeStream, Driver, DriverError, NetworkNamespace, Observed, Scope, UnitResult};
-use podnet::lease::{BackendData, BackendKind, Endpoint, LeaseEvent, Offer};
+use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, LeaseEvent, Offer};
 use podnet::plan::{Domain, Object, Plan, UnitPlan};
 use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
-use podnet::types::{Family, Mtu, NodeName};
+use podnet::types::{Family, Mtu, NodeName, Stack};
 use podnet::{Error, Overlay, Shutdown};
 use serde::Serialize;
 
@@ -42,7 +43,8 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let network = network.await.map_err(|_| "the store of leases does not answer")??;
     let firewall = node::firewall(&options, &network)?;
     let drivers = LookOnly(FirewallDriver::open(&namespace, firewall.clone()).await?);
-    let (overlay, runner) = node::builder(&options, &name, ReadOnly(store), firewall)
+    let read_only = ReadOnly { store, alias: Arc::default() };
+    let (overlay, runner) = node::builder(&options, &name, read_only, firewall)
         .backend(LookOnly(node::backend(&network)?))
         .driver(drivers)
         .driver(LookOnly(NetlinkDriver::open(&namespace)?))
@@ -163,7 +165,12 @@ impl Backend for LookOnly<Box<dyn Backend>> {
 
 /// A store that is asked and not told.
 #[derive(Debug)]
-struct ReadOnly(Arc<dyn SubnetManager>);
+struct ReadOnly {
+    store: Arc<dyn SubnetManager>,
+    /// The name under which the store shows this node's lease, which was not taken and is held all the same: a store without
+    /// names calls it by its address.
+    alias: Arc<OnceLock<NodeName>>,
+}
 
 impl ReadOnly {
     fn refused(attempted: &str) -> SubnetError {
@@ -171,23 +178,38 @@ impl ReadOnly {
     }
 }
 
+/// Whether a lease is this node's: by its name, or by the address where it stands.
+fn is_own(lease: &Lease, request: &LeaseRequest) -> bool {
+    let at = |endpoints: &Stack<Endpoint<Ipv4Addr>, Endpoint<Ipv6Addr>>| match (endpoints.v4(), request.underlay.v4()) {
+        (Some(endpoint), Some(own)) => endpoint.public_ip == *own,
+        _ => endpoints.v6().zip(request.underlay.v6()).is_some_and(|(endpoint, own)| endpoint.public_ip == *own),
+    };
+    lease.node == request.node || lease.offers.iter().any(|offer| at(&offer.endpoints))
+}
+
 #[async_trait]
 impl SubnetManager for ReadOnly {
     async fn network(&self) -> Result<NetworkConfig, SubnetError> {
-        self.0.network().await
+        self.store.network().await
     }
 
     async fn acquire(&self, request: &LeaseRequest) -> Result<OwnedLease, SubnetError> {
         // Where subnets are assigned, asking takes nothing. Where they are allocated it would: there the lease that is held counts.
-        if self.0.network().await?.allocation().is_none() {
-            return self.0.acquire(request).await;
+        if self.store.network().await?.allocation().is_none() {
+            return self.store.acquire(request).await;
         }
-        let mut leases = self.0.watch(&request.node).await?;
+        let mut leases = self.store.watch(&request.node).await?;
         while let Some(event) = leases.next().await {
             if let LeaseEvent::Snapshot(leases) = event? {
-                let own = leases.into_iter().find(|lease| lease.node == request.node);
-                let lease = own.ok_or_else(|| SubnetError::NotAssigned { node: request.node.clone() })?;
-                return Ok(OwnedLease { lease, remaining: None });
+                let Some(lease) = leases.into_iter().find(|lease| is_own(lease, request)) else {
+                    return Err(SubnetError::Unavailable {
+                        attempted: "plan with this node's lease".to_owned(),
+                        reason: "it holds none, and a dry run takes none: only the daemon does".to_owned(),
+                    });
+                };
+                let alias = self.alias.get_or_init(|| lease.node.clone());
+                tracing::debug!(%alias, "the lease that this node holds");
+                return Ok(OwnedLease { lease: Lease { node: request.node.clone(), ..lease }, remaining: None });
             }
         }
         Err(ReadOnly::refused("take a lease"))
@@ -206,6 +228,20 @@ impl SubnetManager for ReadOnly {
     }
 
     async fn watch(&self, node: &NodeName) -> Result<LeaseStream, SubnetError> {
-        self.0.watch(node).await
+        let alias = Arc::clone(&self.alias);
+        let leases = self.store.watch(node).await?;
+        let others = leases.filter_map(move |event| {
+            let own = |name: &NodeName| alias.get() == Some(name);
+            std::future::ready(match event {
+                Ok(LeaseEvent::Snapshot(mut leases)) => {
+                    leases.retain(|lease| !own(&lease.node));
+                    Some(Ok(LeaseEvent::Snapshot(leases)))
+                }
+                Ok(LeaseEvent::Upsert(lease)) if own(&lease.node) => None,
+                Ok(LeaseEvent::Remove(name)) if own(&name) => None,
+                event => Some(event),
+            })
+        });
+        Ok(others.boxed())
     }
 }

@@ -3,3 +3,4 @@
 
 pub mod lease_attrs;
 pub mod subnet_env;
+pub mod subnet_key;

@@ -4,8 +4,11 @@
 //! another node's claim (that is [admission](crate::admission)) and keeps no opinion about backends.
 
 pub mod allocation;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod file;
 pub mod memory;
+mod random;
 
 use std::fmt::Debug;
 use std::net::{Ipv4Addr, Ipv6Addr};

@@ -8,6 +8,7 @@ mod family;
 mod mac;
 mod mtu;
 mod node_name;
+mod secret;
 mod vni;
 
 pub use device::{DeviceName, InvalidDeviceName};
@@ -15,4 +16,5 @@ pub use family::{Family, Stack};
 pub use mac::{InvalidMac, MacAddr};
 pub use mtu::{InvalidMtu, Mtu};
 pub use node_name::{InvalidNodeName, NodeName};
+pub use secret::Secret;
 pub use vni::{InvalidVni, Vni};

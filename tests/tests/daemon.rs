@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::future::Future;
 use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
+use podnet_tests::real::etcd;
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::{DEVICE, assert_same};
@@ -42,6 +44,7 @@ tests! {
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
+    leases_in_etcd_are_taken_planned_with_and_given_back,
     remove_leaves_nothing_with_the_store_and_without_it,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
@@ -568,6 +571,75 @@ async fn a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env() {
     assert_eq!(stage.eye(0).settled().mac(DEVICE), mac);
     assert_eq!(fs::read_to_string(&file).unwrap(), text);
     assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "what is right is not written again");
+}
+
+/// Carries connections from a lab's namespace to a port of the namespace in which the test runs.
+async fn carry(from: &Netns, at: SocketAddr, to: SocketAddr) {
+    let listener = from.tcp_listener(at).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                if let Ok(mut server) = tokio::net::TcpStream::connect(to).await {
+                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                }
+            });
+        }
+    });
+}
+
+async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
+    if etcd::missing("leases_in_etcd_are_taken_planned_with_and_given_back") {
+        return;
+    }
+    let stage = Stage::v4(2).await;
+    let members = etcd::Etcd::single().await;
+    let mut keys = members.eye().await;
+    let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.0.0", "Backend": {"Type": "vxlan"}}"#;
+    keys.put("/coreos.com/network/config", config, None).await;
+    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+    carry(stage.lab.outside().netns(), at, members.address(0)).await;
+    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let flags = ["--subnets=etcd", &endpoint, "--timeout=10"];
+    let run = |index, mode: &[&str]| stage.run(index, &[&flags[..], mode].concat());
+    let subnets = "/coreos.com/network/subnets";
+
+    let (eye, early) = (stage.eye(0), run(0, &["--plan", "--timeout=3"]));
+    let before = eye.settled();
+    assert_eq!(early.status.code(), Some(1));
+    assert!(said(&early).contains("a dry run takes none"), "{}", said(&early));
+    assert!(keys.list(subnets).await.is_empty(), "a plan takes no lease");
+
+    // Each asks for the subnet that it had.
+    let texts = [0, 1].map(|index| {
+        let text = format!(
+            "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.{index}.1/24\nFLANNEL_MTU=1410\nFLANNEL_IPMASQ=true\n"
+        );
+        fs::create_dir(stage.subnet_file(index).parent().unwrap()).unwrap();
+        fs::write(stage.subnet_file(index), &text).unwrap();
+        text
+    });
+    let daemons = [0, 1].map(|index| stage.start_with(index, stage.command(index, &flags)));
+    for (index, daemon) in daemons.iter().enumerate() {
+        daemon.until_ready();
+        daemon.until_connected(1);
+        assert_eq!(fs::read_to_string(stage.subnet_file(index)).unwrap(), texts[index]);
+    }
+    stage.assert_pods_talk().await;
+    let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
+    assert_eq!(held, [0, 1].map(|index| format!("{subnets}/10.42.{index}.0-24")));
+    let metrics = parse_metrics(&daemons[0].get("/metrics").unwrap().1);
+    let left = metrics.iter().find(|(name, _)| name == "podnet_lease_left_seconds").map(|(_, left)| *left);
+    assert!(left.is_some_and(|left| (86_000.0..=86_400.0).contains(&left)), "{left:?}");
+    assert_eq!(said(&run(0, &["--plan"])), "Nothing to change.\n");
+
+    let [daemon, _other] = daemons;
+    assert_eq!(daemon.stop(), Some(0));
+    assert_eq!(keys.list(subnets).await.len(), 2, "a stop gives nothing back");
+    let left = run(0, &["--remove", "--leave"]);
+    assert_eq!(left.status.code(), Some(0), "{}", said(&left));
+    let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
+    assert_eq!(held, [format!("{subnets}/10.42.1.0-24")]);
+    assert_same(&before, &eye.settled());
 }
 
 async fn remove_leaves_nothing_with_the_store_and_without_it() {

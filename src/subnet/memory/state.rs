@@ -1,9 +1,7 @@
 //! What the store knows, and how it changes: one synchronous state behind one lock that is never held
 //! over an await. Every entry first lets go of the leases whose time is over.
 
-use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, Hasher};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,6 +15,7 @@ use crate::clock::{Clock, Moment};
 use crate::config::{NetworkConfig, SubnetRange};
 use crate::lease::{Lease, LeaseEvent, Offer, OwnLease, Precedence};
 use crate::subnet::allocation::{Taken, allocate, fits};
+use crate::subnet::random::Random;
 use crate::subnet::{LeaseRequest, OwnedLease, SubnetError};
 use crate::types::{NodeName, Stack};
 
@@ -296,28 +295,4 @@ impl State {
 fn not_held(node: &NodeName) -> SubnetError {
     let reason = "it was never acquired, or it expired or was taken away since; acquire it anew";
     SubnetError::NotHeld { node: node.clone(), reason: reason.into() }
-}
-
-/// SplitMix64: even enough to spread nodes over free subnets, and no secret hangs on it.
-pub(super) struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        // The standard library's own source of chance.
-        Random(RandomState::new().build_hasher().finish())
-    }
-
-    pub(super) fn seed(&mut self, seed: u64) {
-        self.0 = seed;
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^= mixed >> 31;
-        // The remainder of two numbers that fit is below `bound`; 0 where there is nothing to choose.
-        usize::try_from(mixed >> 1).unwrap_or(0).checked_rem(bound).unwrap_or(0)
-    }
 }

@@ -1,0 +1,170 @@
+//! How a real etcd is reached safely: the server proves who it is, the client by certificate or by password, and what is wrong is
+//! said in words that help and hold no secret.
+
+use std::path::Path;
+use std::time::Duration;
+
+use podnet::subnet::etcd::{EtcdOptions, EtcdSubnets, EtcdTls};
+use podnet::subnet::{LeaseRequest, SubnetManager};
+use podnet::types::{Secret, Stack};
+use podnet_tests::name;
+use podnet_tests::real::etcd::{Etcd, missing, written};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd,
+};
+
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "authority of a test");
+        Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// A certificate and its key.
+    fn issue(&self, names: &[&str], expired: bool) -> (String, String) {
+        let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, names[0]);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        if expired {
+            params.not_before = date_time_ymd(2001, 1, 1);
+            params.not_after = date_time_ymd(2002, 1, 1);
+        }
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.0).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    }
+}
+
+/// An etcd with such a certificate that asks its clients for theirs.
+async fn etcd(folder: &Path, authority: &Authority, names: &[&str], expired: bool) -> Etcd {
+    let (certificate, key) = authority.issue(names, expired);
+    let flags = [
+        format!("--cert-file={}", written(folder, "server.pem", &certificate)),
+        format!("--key-file={}", written(folder, "server.key", &key)),
+        format!("--trusted-ca-file={}", written(folder, "ca.pem", &authority.pem())),
+        "--client-cert-auth=true".to_owned(),
+    ];
+    Etcd::with_tls(&flags).await
+}
+
+fn options(etcd: &Etcd, tls: EtcdTls) -> EtcdOptions {
+    EtcdOptions::new(etcd.endpoints()).tls(tls).deadline(Duration::from_secs(3))
+}
+
+async fn answer(options: EtcdOptions) -> String {
+    EtcdSubnets::new(options).unwrap().network().await.unwrap_err().to_string()
+}
+
+const NO_CONFIG: &str = "there is no such key";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_sides_prove_who_they_are_or_there_is_no_connection() {
+    if missing("tls") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let etcd = etcd(folder.path(), &authority, &["127.0.0.1", "etcd.example"], false).await;
+    let (certificate, key) = authority.issue(&["client"], false);
+    let secret = || Secret::from(key.clone());
+    let tls = || EtcdTls::new(authority.pem()).client_certificate(certificate.clone(), secret());
+    // What etcd answers, so it was asked.
+    let said = answer(options(&etcd, tls())).await;
+    assert!(said.contains(NO_CONFIG), "{said}");
+    let said = answer(options(&etcd, tls().domain("etcd.example"))).await;
+    assert!(said.contains(NO_CONFIG), "{said}");
+
+    let said = answer(options(&etcd, tls().domain("other.example"))).await;
+    assert!(said.contains("certificate") && said.contains("other.example"), "{said}");
+    let said =
+        answer(options(&etcd, EtcdTls::new(Authority::new().pem()).client_certificate(certificate.clone(), secret())))
+            .await;
+    assert!(said.contains("certificate") && !said.contains(NO_CONFIG), "another authority: {said}");
+    let said = answer(options(&etcd, EtcdTls::new(authority.pem()))).await;
+    assert!(!said.contains(NO_CONFIG), "no client certificate: {said}");
+    let (stranger, strangers_key) = Authority::new().issue(&["client"], false);
+    let said =
+        answer(options(&etcd, EtcdTls::new(authority.pem()).client_certificate(stranger, strangers_key.into()))).await;
+    assert!(!said.contains(NO_CONFIG), "another authority's client: {said}");
+    let said = answer(options(
+        &etcd,
+        EtcdTls::new(authority.pem()).client_certificate(certificate.clone(), "no key".to_owned().into()),
+    ))
+    .await;
+    assert!(said.contains("options for etcd") && !said.contains("no key"), "{said}");
+    let plain: Vec<String> = etcd.endpoints().iter().map(|e| e.replace("https", "http")).collect();
+    let said = answer(EtcdOptions::new(plain).allow_plain_http(true)).await;
+    assert!(!said.contains(NO_CONFIG), "without TLS: {said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_server_is_refused() {
+    if missing("expired") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let etcd = etcd(folder.path(), &authority, &["127.0.0.1"], true).await;
+    let (certificate, key) = authority.issue(&["client"], false);
+    let said = answer(options(&etcd, EtcdTls::new(authority.pem()).client_certificate(certificate, key.into()))).await;
+    assert!(said.to_lowercase().contains("expired"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn user_and_password_are_checked_and_a_missing_right_is_named() {
+    if missing("password") {
+        return;
+    }
+    let etcd = Etcd::single().await;
+    let mut eye = etcd.eye().await;
+    let prefix = "/auth";
+    eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
+    let client = &mut eye.0;
+    client.role_add("root").await.unwrap();
+    client.user_add("root", "root's", None).await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    client.role_add("podnet").await.unwrap();
+    let all = etcd_client::Permission::read_write(prefix).with_prefix();
+    client.role_grant_permission("podnet", all).await.unwrap();
+    for (user, role) in [("node", Some("podnet")), ("stranger", None)] {
+        client.user_add(user, "hunter2", None).await.unwrap();
+        if let Some(role) = role {
+            client.user_grant_role(user, role).await.unwrap();
+        }
+    }
+    client.auth_enable().await.unwrap();
+
+    let store = |user: Option<(&str, &str)>| {
+        let options = etcd.options(prefix);
+        let options = match user {
+            Some((user, password)) => options.user(user, password.to_owned().into()),
+            None => options,
+        };
+        EtcdSubnets::new(options).unwrap()
+    };
+    let node = store(Some(("node", "hunter2")));
+    let request = LeaseRequest { node: name("me"), underlay: Stack::V4([10, 240, 0, 1].into()), previous: None };
+    node.acquire(&request).await.unwrap();
+    node.publish(&request.node, &[]).await.unwrap();
+    node.renew(&request.node).await.unwrap();
+    let mut watch = node.watch(&request.node).await.unwrap();
+    assert!(futures::StreamExt::next(&mut watch).await.unwrap().is_ok());
+    node.release(&request.node).await.unwrap();
+
+    for (user, part) in [
+        (Some(("node", "wrong-one")), "check the user and the password"),
+        (Some(("stranger", "hunter2")), "permission denied"),
+        (None, ""),
+    ] {
+        let error = store(user).network().await.unwrap_err();
+        assert!(error.is_retryable() && error.to_string().contains(part), "{error}");
+        assert!(!error.to_string().contains("wrong-one") && !error.to_string().contains("hunter2"), "{error}");
+    }
+}
