@@ -61,6 +61,7 @@
 //! | `podnet` | the core: leases, admission, plan, drivers for netlink, nftables and sysctl, the engine | tokio, rtnetlink |
 //! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
 //! | `podnet-vxlan` | the VXLAN backend | nothing more |
+//! | `podnet-wireguard` | the WireGuard backend | wireguard-control, which is **LGPL-2.1-or-later** |
 //!
 //! # What it never does
 //!

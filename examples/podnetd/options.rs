@@ -73,6 +73,9 @@ pub(crate) struct Options {
     pub(crate) underlay: UnderlayChoice,
     pub(crate) public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     pub(crate) subnet_file: PathBuf,
+    /// Read by the backend WireGuard alone.
+    #[cfg_attr(not(feature = "wireguard"), expect(dead_code, reason = "the flag is there in every build"))]
+    pub(crate) wireguard_key_file: PathBuf,
     pub(crate) ip_masq: bool,
     pub(crate) masquerade: MasqueradePolicy,
     pub(crate) firewall: Firewall,
@@ -165,6 +168,7 @@ impl Options {
             underlay: underlay(given, public, problems),
             public,
             subnet_file,
+            wireguard_key_file: given.text(flag::WIREGUARD_KEY_FILE).unwrap_or_default().into(),
             ip_masq,
             masquerade,
             firewall,

@@ -21,6 +21,7 @@ use podnet::types::{Family, Mtu, NodeName};
 use podnet::{Error, Overlay, Shutdown};
 use serde::Serialize;
 
+use crate::node::Keys;
 use crate::options::Options;
 use crate::{Problem, daemon, node, store, subnet_file};
 
@@ -43,7 +44,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let firewall = node::firewall(&options, &network)?;
     let drivers = LookOnly(FirewallDriver::open(&namespace, firewall.clone()).await?);
     let (overlay, runner) = node::builder(&options, &name, ReadOnly(store), firewall)
-        .backend(LookOnly(node::backend(&network)?))
+        .backend(LookOnly(node::backend(&options, &network, Keys::Forgotten)?))
         .driver(drivers)
         .driver(LookOnly(NetlinkDriver::open(&namespace)?))
         .driver(LookOnly(SysctlDriver::new(&namespace)))
