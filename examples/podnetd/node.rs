@@ -67,7 +67,7 @@ pub(crate) fn any_backends(options: &Options) -> Result<Vec<Box<dyn Backend>>, P
 
 #[cfg(feature = "wireguard")]
 fn wireguard(options: &Options, network: Option<&NetworkConfig>, keys: Keys) -> Result<Box<dyn Backend>, Problem> {
-    use podnet_wireguard::{PrivateKey, WireGuard};
+    use podnet_wireguard::{PrivateKey, Userspace, WireGuard};
 
     let file = &options.wireguard_key_file;
     let key = match keys {
@@ -75,10 +75,14 @@ fn wireguard(options: &Options, network: Option<&NetworkConfig>, keys: Keys) -> 
         Keys::Forgotten if file.exists() => PrivateKey::load(file)?,
         Keys::Forgotten => PrivateKey::generate(),
     };
-    Ok(match network {
-        Some(network) => Box::new(WireGuard::from_config(network, key)?),
-        None => Box::new(WireGuard::new(key)),
-    })
+    let backend = match network {
+        Some(network) => WireGuard::from_config(network, key)?,
+        None => WireGuard::new(key),
+    };
+    Ok(Box::new(match &options.wireguard_userspace {
+        Some(program) => backend.userspace(Userspace::program(program))?,
+        None => backend,
+    }))
 }
 
 #[cfg(not(feature = "wireguard"))]
