@@ -522,8 +522,11 @@ impl Admission {
             run.dirty.extend(met.map(|r| (r.clone(), family)));
         }
         if endpoint {
-            let met = judged.exclusive().filter_map(|e| index.exclusive.get(e)).flat_map(|c| c.younger_than(rank));
-            run.dirty.extend(met.map(|r| (r.clone(), family)));
+            for family in Family::BOTH {
+                let index = self.index(family);
+                let met = judged.exclusive().filter_map(|e| index.exclusive.get(e)).flat_map(|c| c.younger_than(rank));
+                run.dirty.extend(met.map(|r| (r.clone(), family)));
+            }
         }
     }
 
@@ -541,6 +544,10 @@ impl Admission {
                 *peer.judged_mut(family) = Some(new);
             }
         }
+        let touched: BTreeSet<NodeName> = run.before.keys().map(|(node, _)| node.clone()).collect();
+        for node in &touched {
+            self.pair(node, &mut run);
+        }
         run.before
             .into_iter()
             .filter_map(|((node, family), before)| {
@@ -548,6 +555,26 @@ impl Admission {
                 (verdict != before).then_some(VerdictChange { node, family, verdict })
             })
             .collect()
+    }
+
+    /// Tells each family of a peer how the other is reached, which may have changed with either verdict.
+    fn pair(&mut self, node: &NodeName, run: &mut Run) {
+        let Some(peer) = self.peers.get_mut(node) else { return };
+        let admitted = |judged: Option<&Judged>| match judged?.verdict.as_ref()? {
+            Verdict::Admitted { backend, peer } => Some((*backend, peer.endpoint.clone())),
+            Verdict::Pending | Verdict::Refused(_) => None,
+        };
+        let (v4, v6) = (admitted(peer.v4.as_ref()), admitted(peer.v6.as_ref()));
+        for (family, across) in [(Family::V4, v6), (Family::V6, v4)] {
+            let verdict = peer.judged_mut(family).as_mut().and_then(|judged| judged.verdict.as_mut());
+            let before = verdict.as_deref().cloned();
+            let Some(Verdict::Admitted { backend, peer }) = verdict else { continue };
+            let other = across.filter(|(by, _)| by == backend).map(|(_, endpoint)| endpoint);
+            if peer.other != other {
+                peer.other = other;
+                run.before.entry((node.clone(), family)).or_insert(before);
+            }
+        }
     }
 
     /// Notes in the index what a peer holds.
@@ -573,13 +600,18 @@ impl Admission {
                 match &claim.endpoint {
                     Err(refusal) => Verdict::Refused(refusal.clone()),
                     Ok(None) => Verdict::Pending,
-                    Ok(Some(reach)) => match self.taken(rank, reach, family) {
+                    Ok(Some(reach)) => match self.taken(rank, reach) {
                         Some(refusal) => Verdict::Refused(refusal),
                         None => {
                             judged.holds_endpoint = true;
                             Verdict::Admitted {
                                 backend: reach.backend,
-                                peer: AdmittedPeer { name: rank.1.clone(), subnet, endpoint: reach.endpoint.clone() },
+                                peer: AdmittedPeer {
+                                    name: rank.1.clone(),
+                                    subnet,
+                                    endpoint: reach.endpoint.clone(),
+                                    other: None,
+                                },
                             }
                         }
                     },
@@ -605,10 +637,11 @@ impl Admission {
         }
     }
 
-    /// What an older peer has of that which only one may have.
-    fn taken(&self, rank: &Rank, reach: &Reach, family: Family) -> Option<Refusal> {
+    /// What an older peer has, in either family, of that which only one node may have.
+    fn taken(&self, rank: &Rank, reach: &Reach) -> Option<Refusal> {
         reach.exclusive.iter().find_map(|exclusive| {
-            let holder = self.index(family).exclusive.get(exclusive)?.older_holder(rank)?.1.clone();
+            let held = |family| self.index(family).exclusive.get(exclusive)?.older_holder(rank);
+            let holder = Family::BOTH.into_iter().find_map(held)?.1.clone();
             Some(match exclusive {
                 Exclusive::Address(address) => Refusal::AddressTaken { address: *address, holder },
                 Exclusive::Claim(_, claim) => Refusal::ClaimTaken { claim: claim.clone(), holder },

@@ -210,6 +210,9 @@ pub struct AdmittedPeer {
     pub subnet: IpNetwork,
     /// How it is reached.
     pub endpoint: Endpoint<IpAddr>,
+    /// How it is reached in the other family, where the same backend admitted it there: for a tunnel that carries both families
+    /// over one of them.
+    pub other: Option<Endpoint<IpAddr>>,
 }
 
 impl AdmittedPeer {

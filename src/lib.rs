@@ -62,6 +62,7 @@
 //! | feature `etcd` | leases in etcd, as flannel keeps them (`subnet::etcd`) | etcd-client with rustls; `protoc` to build it |
 //! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
 //! | `podnet-vxlan` | the VXLAN backend | nothing more |
+//! | `podnet-wireguard` | the WireGuard backend | wireguard-control, which is **LGPL-2.1-or-later** |
 //!
 //! # What it never does
 //!

@@ -19,6 +19,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 
 use crate::http::{Listener, serve};
+use crate::node::Keys;
 use crate::options::Options;
 use crate::subnet_file::{self, State, Writes};
 use crate::systemd::Systemd;
@@ -184,7 +185,8 @@ async fn keep_network(
 ) -> Result<(), Problem> {
     let store = Overheard { store, term: Arc::clone(&shared.term) };
     let firewall = node::firewall(options, network)?;
-    let builder = node::builder(options, &shared.node, store, firewall).backend(node::backend(network)?);
+    let builder =
+        node::builder(options, &shared.node, store, firewall).backend(node::backend(options, network, Keys::Kept)?);
     let (overlay, runner) = builder.build()?.start().await?;
     let mut runner = tokio::spawn(runner);
     let logging = tokio::spawn(log_changes(overlay.status()));

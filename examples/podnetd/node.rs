@@ -34,16 +34,62 @@ pub(crate) fn name(options: &Options) -> Result<NodeName, Problem> {
     text.trim().parse().map_err(|e| format!("this host's name: {e}; {advice}").into())
 }
 
+/// What may be done about a private key that is not there yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keys {
+    /// It is made and kept.
+    Kept,
+    /// A run that leaves nothing behind takes one that it forgets.
+    Forgotten,
+}
+
 /// The backend that the network asks for.
-pub(crate) fn backend(network: &NetworkConfig) -> Result<Box<dyn Backend>, Problem> {
+pub(crate) fn backend(options: &Options, network: &NetworkConfig, keys: Keys) -> Result<Box<dyn Backend>, Problem> {
     match network.backend_type().as_str() {
         "vxlan" => Ok(Box::new(Vxlan::from_config(network)?)),
         "host-gw" => Ok(Box::new(HostGw::from_config(network)?)),
+        "wireguard" => wireguard(options, Some(network), keys),
         other => {
-            let there = "vxlan and host-gw are there";
+            let there = "vxlan, host-gw and wireguard are there";
             Err(format!("the network's configuration asks for the backend {other:?}: {there} (Backend.Type)").into())
         }
     }
+}
+
+/// The backends of a node whose network's configuration is lost: whatever it had, it is told by one of them to be podnet's.
+pub(crate) fn any_backends(options: &Options) -> Result<Vec<Box<dyn Backend>>, Problem> {
+    let mut backends: Vec<Box<dyn Backend>> = vec![Box::new(Vxlan::new())];
+    if cfg!(feature = "wireguard") {
+        backends.push(wireguard(options, None, Keys::Forgotten)?);
+    }
+    Ok(backends)
+}
+
+#[cfg(feature = "wireguard")]
+fn wireguard(options: &Options, network: Option<&NetworkConfig>, keys: Keys) -> Result<Box<dyn Backend>, Problem> {
+    use podnet_wireguard::{PrivateKey, Userspace, WireGuard};
+
+    let file = &options.wireguard_key_file;
+    let key = match keys {
+        Keys::Kept => PrivateKey::load_or_create(file)?,
+        Keys::Forgotten if file.exists() => PrivateKey::load(file)?,
+        Keys::Forgotten => PrivateKey::generate(),
+    };
+    let backend = match network {
+        Some(network) => WireGuard::from_config(network, key)?,
+        None => WireGuard::new(key),
+    };
+    Ok(Box::new(match &options.wireguard_userspace {
+        Some(program) => backend.userspace(Userspace::program(program))?,
+        None => backend,
+    }))
+}
+
+#[cfg(not(feature = "wireguard"))]
+fn wireguard(_: &Options, _: Option<&NetworkConfig>, _: Keys) -> Result<Box<dyn Backend>, Problem> {
+    let advice = "build it with that feature, or use vxlan or host-gw (Backend.Type)";
+    Err(format!("the backend wireguard needs the feature wireguard, which this podnetd is built without: {advice}")
+        .into())
 }
 
 /// What an earlier run, of podnetd or flanneld, wrote into subnet.env.

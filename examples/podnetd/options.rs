@@ -83,6 +83,11 @@ pub(crate) struct Options {
     pub(crate) underlay: UnderlayChoice,
     pub(crate) public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     pub(crate) subnet_file: PathBuf,
+    /// Read by the backend WireGuard alone.
+    #[cfg_attr(not(feature = "wireguard"), expect(dead_code, reason = "the flag is there in every build"))]
+    pub(crate) wireguard_key_file: PathBuf,
+    #[cfg_attr(not(feature = "wireguard"), expect(dead_code, reason = "the flag is there in every build"))]
+    pub(crate) wireguard_userspace: Option<PathBuf>,
     pub(crate) ip_masq: bool,
     pub(crate) masquerade: MasqueradePolicy,
     pub(crate) firewall: Firewall,
@@ -175,6 +180,8 @@ impl Options {
             underlay: underlay(given, public, problems),
             public,
             subnet_file,
+            wireguard_userspace: given.text(flag::WIREGUARD_USERSPACE).map(PathBuf::from),
+            wireguard_key_file: given.text(flag::WIREGUARD_KEY_FILE).unwrap_or_default().into(),
             ip_masq,
             masquerade,
             firewall,

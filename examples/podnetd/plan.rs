@@ -22,6 +22,7 @@ use podnet::types::{Family, Mtu, NodeName, Stack};
 use podnet::{Error, Overlay, Shutdown};
 use serde::Serialize;
 
+use crate::node::Keys;
 use crate::options::Options;
 use crate::{Problem, daemon, node, store, subnet_file};
 
@@ -45,7 +46,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let drivers = LookOnly(FirewallDriver::open(&namespace, firewall.clone()).await?);
     let read_only = ReadOnly { store, alias: Arc::default() };
     let (overlay, runner) = node::builder(&options, &name, read_only, firewall)
-        .backend(LookOnly(node::backend(&network)?))
+        .backend(LookOnly(node::backend(&options, &network, Keys::Forgotten)?))
         .driver(drivers)
         .driver(LookOnly(NetlinkDriver::open(&namespace)?))
         .driver(LookOnly(SysctlDriver::new(&namespace)))

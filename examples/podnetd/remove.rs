@@ -14,8 +14,8 @@ use podnet::status::{ConditionKind, ConditionState, Report};
 use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use podnet::types::NodeName;
 use podnet::{Error, Overlay, Shutdown};
-use podnet_vxlan::Vxlan;
 
+use crate::node::Keys;
 use crate::options::Options;
 use crate::{Problem, daemon, node, store};
 
@@ -26,10 +26,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) async fn run(options: Options, leave: bool) -> Result<ExitCode, Problem> {
     let name = node::name(&options)?;
     let store = store::open(&options.store)?;
-    let (network, backend) = network(&options, &*store, leave).await?;
+    let (network, backends) = network(&options, &*store, leave).await?;
     let firewall = node::firewall(&options, &network)?;
     let store = Aside { store, network, leave };
-    let (overlay, runner) = node::builder(&options, &name, store, firewall).backend(backend).build()?.start().await?;
+    // Nothing is sent any more: no blackhole is needed.
+    let mut builder = node::builder(&options, &name, store, firewall).require_encryption(false);
+    for backend in backends {
+        builder = builder.backend(backend);
+    }
+    let (overlay, runner) = builder.build()?.start().await?;
     let runner = tokio::spawn(runner);
     let report = tokio::time::timeout(options.timeout, remove(&*overlay, leave)).await;
     let status = Arc::clone(&overlay.status().borrow());
@@ -57,17 +62,17 @@ pub(crate) async fn run(options: Options, leave: bool) -> Result<ExitCode, Probl
     Ok(ExitCode::SUCCESS)
 }
 
-/// The network, by which is told what is ours: the store's, else what subnet.env says. The kernel's objects are known by their marks, so that
-/// without the store any backend will do.
+/// The network, by which is told what is ours: the store's, else what subnet.env says. The kernel's objects are known by their marks, whatever
+/// backend made them.
 async fn network(
     options: &Options,
     store: &dyn SubnetManager,
     leave: bool,
-) -> Result<(NetworkConfig, Box<dyn Backend>), Problem> {
+) -> Result<(NetworkConfig, Vec<Box<dyn Backend>>), Problem> {
     let reason = match tokio::time::timeout(PATIENCE, store.network()).await {
         Ok(Ok(network)) => {
-            let backend = node::backend(&network)?;
-            return Ok((network, backend));
+            let backend = node::backend(options, &network, Keys::Forgotten)?;
+            return Ok((network, vec![backend]));
         }
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("the store of leases did not answer within {} s", PATIENCE.as_secs()),
@@ -83,7 +88,7 @@ async fn network(
         return Err(format!("{reason}, and {file} does not say the network: bring one of both back ({why})").into());
     };
     tracing::warn!("{reason}: the network is taken from {file}");
-    Ok((NetworkConfig::new(networks)?, Box::new(Vxlan::new())))
+    Ok((NetworkConfig::new(networks)?, node::any_backends(options)?))
 }
 
 async fn remove(overlay: &dyn Overlay, leave: bool) -> Result<Report, Error> {

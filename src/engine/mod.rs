@@ -436,10 +436,10 @@ impl Engine {
             Change::Gone(key) if self.picture.get(&key).is_none() => vec![],
             Change::Gone(key) => vec![key.domain()],
             Change::Link(device) if !self.matters(&device) => vec![],
-            // A device that a backend's own driver made is that driver's to look at, too.
+            // A device that a backend's own driver made is that driver's to look at, too; and its settings are new with it.
             Change::Device(device) if self.scope.as_ref().is_some_and(|s| s.served.contains(&device)) => {
                 let custom = self.drivers.iter().map(|d| d.domain()).filter(|d| matches!(d, Domain::Custom(_)));
-                custom.chain([Domain::Netlink]).collect()
+                custom.chain([Domain::Netlink, Domain::Sysctl]).collect()
             }
             Change::Device(_) | Change::Link(_) | Change::Host => vec![Domain::Netlink],
             Change::Domain(domain) => vec![domain],

@@ -43,6 +43,7 @@ fn peer(subnet: &str, address: &str) -> AdmittedPeer {
         name: "node-1".parse().unwrap(),
         subnet: subnet.parse().unwrap(),
         endpoint: Endpoint { public_ip: address.parse().unwrap(), data: BackendData::none() },
+        other: None,
     }
 }
 

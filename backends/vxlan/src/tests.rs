@@ -80,6 +80,7 @@ fn a_peer_costs_a_neighbour_a_forwarding_entry_and_then_a_route() {
         name: "rke-52b280-0".parse().unwrap(),
         subnet: "10.42.0.0/24".parse().unwrap(),
         endpoint: endpoint(r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#),
+        other: None,
     };
     let objects = backend.peer(&view(&backend), &peer).unwrap();
     let text: Vec<String> = objects.iter().map(Object::to_string).collect();
@@ -188,6 +189,7 @@ fn with_direct_routing_a_peer_on_the_same_layer_2_costs_one_route_and_others_go_
         name: "rke-52b280-0".parse().unwrap(),
         subnet: "10.42.0.0/24".parse().unwrap(),
         endpoint: endpoint(r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#),
+        other: None,
     };
     let text = |view: &NodeView| {
         backend.peer(view, &peer).unwrap().iter().map(Object::to_string).collect::<Vec<_>>().join("; ")

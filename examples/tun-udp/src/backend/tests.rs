@@ -89,7 +89,8 @@ fn a_peer_costs_its_endpoint_and_then_a_route_in_either_family() {
     let view = view(&Family::BOTH, 1500);
     let peer = |subnet: &str, address: &str, offer: &str| {
         let endpoint = Endpoint { public_ip: address.parse().unwrap(), data: data(offer) };
-        let peer = AdmittedPeer { name: "node-1".parse().unwrap(), subnet: subnet.parse().unwrap(), endpoint };
+        let peer =
+            AdmittedPeer { name: "node-1".parse().unwrap(), subnet: subnet.parse().unwrap(), endpoint, other: None };
         TunUdp::new().peer(&view, &peer).map(|objects| text(&objects))
     };
     assert_eq!(

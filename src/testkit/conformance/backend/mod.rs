@@ -89,10 +89,10 @@ rules! {
     DISTINCT = "offers-do-not-meet": "Two nodes do not claim the same thing.";
     ALONE = "families-stand-alone": "What is said of one family does not depend on whether the other is there.";
     SHARED = "shared-objects-agree": "What both families of a node want is wanted with the same value.";
-    OWN_OBJECTS = "node-keeps-to-its-own": "The objects of a node are its declared devices, all of them, and what is on them, with addresses and routes of its own subnet.";
+    OWN_OBJECTS = "node-keeps-to-its-own": "The objects of a node are its declared devices, all of them, and what is on them, with addresses and routes of its own subnet; a device of an own driver may have the route of the whole network.";
     KINDS = "only-what-is-observed": "Objects are links, addresses, neighbours, forwarding entries, routes, or the own driver's; on declared devices, and only routes on the underlay's. Nothing else is found again.";
     ORDER = "order-of-dependency": "Links come before addresses, then neighbours, forwarding entries and at last routes; what is on a device comes after it.";
-    PEER_ROUTE = "peer-ends-with-its-route": "The last object of a peer is a route to exactly its subnet, so that a change replaces it in place; no route leads anywhere else.";
+    PEER_ROUTE = "peer-ends-with-its-route": "The last object of a peer is a route to exactly its subnet, or the own driver's object in its place, so that a change replaces it in place; no route leads anywhere else.";
     METRIC = "default-metric": "Routes have the default metric of their family.";
     ON_LINK = "underlay-routes-are-on-link": "A route over the underlay's device is by a gateway that the host reaches on the link, and not forced with onlink.";
     MACS = "ethernet-addresses-are-of-one-host": "Every Ethernet address in an object is a possible one of a host, whatever a peer published.";
@@ -198,7 +198,7 @@ fn ask(backend: &dyn Backend, scenario: &Scenario, findings: &mut Findings) {
         let mut peers = Vec::new();
         for (other, endpoint) in others() {
             let Some(subnet) = other.subnet(family) else { continue };
-            let peer = AdmittedPeer { name: other.name.clone(), subnet, endpoint };
+            let peer = AdmittedPeer { name: other.name.clone(), subnet, endpoint, other: None };
             let at = format!("{at}, peer {}", short(other));
             if let Some(found) = one_peer(&mut probe, &at, &own, &view, peer, true) {
                 peers.push(found);
@@ -457,7 +457,7 @@ fn hostile_peers(
     (grounds, peers): (&[Object], &[Peer]),
     sources: &[BackendData],
 ) {
-    let Some(Peer { peer: AdmittedPeer { name, subnet, endpoint }, .. }) = peers.last() else { return };
+    let Some(Peer { peer: AdmittedPeer { name, subnet, endpoint, .. }, .. }) = peers.last() else { return };
     let honest = peers.get(..peers.len().saturating_sub(1)).unwrap_or_default();
     let mine = view.offer.endpoint(Family::of(endpoint.public_ip));
     let claimed = mine.as_ref().and_then(|mine| probe.ask(at, "own claims", |b| b.claims(mine))).and_then(Result::ok);
@@ -465,7 +465,7 @@ fn hostile_peers(
     for data in hostile::data(&sources) {
         let at = format!("{at}, a peer that publishes {}", cut(&data));
         let endpoint = Endpoint { data, ..endpoint.clone() };
-        let peer = AdmittedPeer { name: name.clone(), subnet: *subnet, endpoint };
+        let peer = AdmittedPeer { name: name.clone(), subnet: *subnet, endpoint, other: None };
         let Some(thief) = one_peer(probe, &at, own, view, peer, false) else { continue };
         // Admission refuses who claims what is ours, and the younger of two that claim one thing.
         let stolen = |of: &[String]| thief.claims.iter().any(|claim| of.contains(claim));
@@ -503,7 +503,7 @@ fn stand_alone(probe: &mut Probe<'_>, scenario: &Scenario, place: &Place, view: 
             let (Some(subnet), Some(address)) = (other.subnet(family), other.address(family)) else { continue };
             let Some(data) = view.offer.endpoint(family).map(|e| e.data) else { continue };
             let endpoint = Endpoint { public_ip: address, data };
-            let peer = AdmittedPeer { name: other.name.clone(), subnet, endpoint };
+            let peer = AdmittedPeer { name: other.name.clone(), subnet, endpoint, other: None };
             let both = probe.ask(&at, "peer", |b| b.peer(view, &peer));
             let one = probe.ask(&at, "peer without the other family", |b| b.peer(&alone, &peer));
             probe.check(ALONE, format!("{at}, peer {}", short(other)), same(&both, &one));

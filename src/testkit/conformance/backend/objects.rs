@@ -46,10 +46,19 @@ impl<'a> Judge<'a> {
         }
         let own = self.view.subnet(self.family);
         let within = |network: IpNetwork| own.is_some_and(|own| inside(network, own));
+        // A device whose driver knows the peers is given the whole network; the node's own subnet wins by its length.
+        let whole = match self.family {
+            Family::V4 => self.view.networks.v4().map(|n| IpNetwork::V4(*n)),
+            Family::V6 => self.view.networks.v6().map(|n| IpNetwork::V6(*n)),
+        };
+        let handed_over = |route: &Route| {
+            let served = |name: &DeviceName| devices.iter().any(|d| d.maker == Maker::OwnDriver && d.name == *name);
+            Some(route.destination) == whole && matches!(&route.next, NextHop::Device(device) if served(device))
+        };
         for object in objects {
             let outside = match object {
                 Object::Address(o) => !within(o.address),
-                Object::Route(o) => !within(o.destination),
+                Object::Route(o) => !within(o.destination) && !handed_over(o),
                 _ => false,
             };
             ensure(!outside, || format!("{object} is outside the node's own subnet {own:?}"))?;
@@ -129,6 +138,8 @@ fn inside(network: IpNetwork, of: IpNetwork) -> bool {
 fn peer_route(peer: &AdmittedPeer, objects: &[Object]) -> Result<(), String> {
     match objects.last() {
         Some(Object::Route(route)) if route.destination == peer.subnet => {}
+        // Its driver knows by the subnet whose it is; that each has its own is asked where peers are compared.
+        Some(Object::Custom(_)) => {}
         Some(other) => return Err(format!("the last object is {other}, the subnet {}", peer.subnet)),
         None => return Err("it is reached, and there is no object".to_owned()),
     }

@@ -1,0 +1,455 @@
+//! The driver of the domain `wireguard`: podnet's steps become a difference of whole devices, and what is there is told in the words of
+//! [`crate::object`]. It knows nothing of leases and decides nothing but one thing: whether the place where WireGuard found a peer by
+//! itself is kept.
+//!
+//! A peer that moves is followed by WireGuard: its endpoint on the device is then another than it published, and a better one. It is told
+//! as the published one, so that it is no drift, until another is published. After a restart nobody remembers what was published
+//! when, so that only a live session vouches for the other place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use futures::stream;
+use ipnetwork::IpNetwork;
+use podnet::driver::{ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult};
+use podnet::plan::{Conflict, Domain, Object, Owner, Step, UnitPlan};
+use podnet::types::DeviceName;
+
+use crate::device::{Changes, Link, PeerState, State, WireGuardDevices};
+use crate::keys::PublicKey;
+use crate::object::{self, Item, Peer, Tunnel};
+use crate::options::WireGuard;
+use crate::statistics::{PeerStatistics, Session, session};
+
+/// The driver. It opens nothing before it is first asked.
+#[derive(Debug)]
+pub(crate) struct WireGuardDriver {
+    namespace: NetworkNamespace,
+    devices: Arc<dyn WireGuardDevices>,
+    /// One at a time observes or changes, also where whoever asked has gone away.
+    memory: Arc<Mutex<Memory>>,
+}
+
+/// What the driver knows beside what is there. All of it may be lost.
+#[derive(Debug, Clone, Default)]
+struct Memory {
+    /// Which endpoints peers were given, by device and key.
+    told: BTreeMap<(DeviceName, PublicKey), Told>,
+    /// Devices that were last seen unmarked and to be taken over.
+    adoptable: BTreeSet<DeviceName>,
+}
+
+/// What the device was told of a peer's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Told {
+    endpoint: SocketAddr,
+    /// It is what the peer published; otherwise what the device had when it was first seen.
+    published: bool,
+}
+
+impl Memory {
+    /// The endpoint by which a peer is to be told: the one that was given where WireGuard may have learnt another since.
+    fn endpoint(&mut self, device: &DeviceName, key: PublicKey, peer: &PeerState) -> Option<SocketAddr> {
+        let is = peer.endpoint?;
+        let told = self.told.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false });
+        // Without a session nothing can have been learnt: somebody set it.
+        if peer.last_handshake.is_some() { Some(told.endpoint) } else { Some(is) }
+    }
+
+    /// The endpoint that a device should have when this one is published: the one that it has, or this one.
+    fn settle(
+        &mut self,
+        device: &DeviceName,
+        key: PublicKey,
+        is: Option<&PeerState>,
+        published: SocketAddr,
+    ) -> SocketAddr {
+        let told = self.told.insert((device.clone(), key), Told { endpoint: published, published: true });
+        let Some((peer, now)) = is.and_then(|peer| Some((peer, peer.endpoint?))) else { return published };
+        let keeps = match (told, session(peer.last_handshake)) {
+            (_, Session::Never) => false,
+            (Some(told), _) if told.published => told.endpoint == published,
+            // A restart: what was published before is not known.
+            (_, Session::Live) => true,
+            (_, Session::Stale) => false,
+        };
+        if keeps { now } else { published }
+    }
+}
+
+type Inside<T> = Box<dyn FnOnce(&dyn WireGuardDevices, &mut Memory) -> Result<T, DriverError> + Send>;
+
+impl WireGuardDriver {
+    pub(crate) fn new(namespace: NetworkNamespace, devices: Arc<dyn WireGuardDevices>) -> Self {
+        WireGuardDriver { namespace, devices, memory: Arc::default() }
+    }
+
+    /// Works on a thread that may block, in the network namespace.
+    async fn inside<T: Send + 'static>(&self, work: Inside<T>) -> Result<T, DriverError> {
+        let (namespace, devices, memory) =
+            (self.namespace.clone(), Arc::clone(&self.devices), Arc::clone(&self.memory));
+        let broken = |reason: String| DriverError::Io { attempted: "work on WireGuard devices".to_owned(), reason };
+        let blocking = tokio::task::spawn_blocking(move || {
+            namespace.run(move || {
+                let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(work(&*devices, &mut memory))
+            })
+        });
+        blocking.await.map_err(|e| broken(e.to_string()))?.map_err(|e| broken(e.to_string()))?
+    }
+
+    /// All peers of devices of ours, as they are now.
+    pub(crate) async fn statistics(&self) -> Result<Vec<PeerStatistics>, DriverError> {
+        self.inside(Box::new(|devices, _| {
+            let mut peers = Vec::new();
+            for link in devices.list()?.iter().filter(|link| link.is_ours()) {
+                let Ok(name) = link.name.parse::<DeviceName>() else { continue };
+                let state = devices.read(link)?;
+                peers.extend(state.peers.iter().map(|(key, peer)| PeerStatistics::of(&name, *key, peer)));
+            }
+            Ok(peers)
+        }))
+        .await
+    }
+}
+
+impl WireGuard {
+    /// Every peer on this node's WireGuard devices as it is now: where it is, when a session was last agreed on, how much went which
+    /// way. It reads the devices, a moment each, also beside a running node; for a status page or metrics. Before a node was started
+    /// with this backend there are none. Cancel safe.
+    ///
+    /// # Errors
+    /// The devices cannot be read, as [`DriverError`] says.
+    pub async fn peers(&self) -> Result<Vec<PeerStatistics>, DriverError> {
+        match self.driver.get() {
+            Some(driver) => driver.statistics().await,
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+#[async_trait]
+impl Driver for WireGuardDriver {
+    fn domain(&self) -> Domain {
+        object::domain()
+    }
+
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+        let scope = scope.clone();
+        self.inside(Box::new(move |devices, memory| observe(devices, memory, &scope))).await
+    }
+
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+        let (owned, count) = (units.to_vec(), units.len());
+        match self.inside(Box::new(move |devices, memory| Ok(apply(devices, memory, &owned)))).await {
+            Ok(results) => results,
+            Err(error) => vec![UnitResult { done: 0, failed: Some(error) }; count],
+        }
+    }
+
+    /// Never yields: the kernel tells nothing of peers. That a device changed, podnet's netlink driver tells, since the backend names it
+    /// among its devices.
+    async fn changes(&self, _: &Scope) -> Result<ChangeStream, DriverError> {
+        Ok(stream::pending().boxed())
+    }
+}
+
+const ADVICE: &str = "it is not a WireGuard device with the alias podnet: delete or rename it, or allow what flannel left to be taken \
+                      over if it is that";
+
+/// Whose a device is; `None` for somebody else's. flannel's bears its name and no mark.
+fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
+    let named = scope.served.iter().any(|name| name.as_str() == link.name);
+    if link.is_ours() && (link.alias == podnet::driver::netlink::ALIAS || named) {
+        Some(Owner::Ours)
+    } else if scope.adopt && named && link.is_wireguard() && link.alias.is_empty() {
+        Some(Owner::Adoptable)
+    } else {
+        None
+    }
+}
+
+fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -> Result<Observed, DriverError> {
+    let mut observed = Observed::default();
+    let mut known = BTreeMap::new();
+    memory.adoptable.clear();
+    for link in devices.list()? {
+        let Ok(name) = link.name.parse::<DeviceName>() else { continue };
+        let wanted = scope.served.contains(&name);
+        let Some(owner) = owner(&link, scope) else {
+            if wanted && !link.is_deserted() {
+                observed.conflicts.push(Conflict {
+                    object: object::device_key(&name),
+                    with: link.describe(),
+                    advice: ADVICE.to_owned(),
+                });
+            }
+            continue;
+        };
+        if owner == Owner::Adoptable {
+            memory.adoptable.insert(name.clone());
+        }
+        let state = devices.read(&link)?;
+        let tunnel = Tunnel { public_key: state.public_key, port: state.port, mtu: link.mtu, up: link.up };
+        observed.objects.push((Item::Device(name.clone(), tunnel).object(), owner));
+        // What is on a leftover goes with it.
+        if !wanted {
+            continue;
+        }
+        for (key, peer) in &state.peers {
+            let told = Peer {
+                public_key: *key,
+                endpoint: memory.endpoint(&name, *key, peer),
+                keepalive: peer.keepalive,
+                psk: peer.psk,
+            };
+            if peer.allowed.is_empty() {
+                observed.objects.push((Item::Idle(name.clone(), *key).object(), Owner::Ours));
+            }
+            let subnets = peer.allowed.iter().map(|subnet| Item::Peer(name.clone(), *subnet, told.clone()));
+            observed.objects.extend(subnets.map(|item| (item.object(), Owner::Ours)));
+        }
+        known.insert(name, state);
+    }
+    memory.told.retain(|(device, key), _| known.get(device).is_some_and(|state| state.peers.contains_key(key)));
+    Ok(observed)
+}
+
+fn apply(devices: &dyn WireGuardDevices, memory: &mut Memory, units: &[UnitPlan]) -> Vec<UnitResult> {
+    let mut results = vec![UnitResult { done: 0, failed: None }; units.len()];
+    let mut batch = Vec::new();
+    for (unit, result) in units.iter().zip(&mut results) {
+        let mut part = Part { steps: parse(unit, &mut result.failed), result };
+        // A device first, then what is on it: one after the other.
+        if part.steps.iter().any(|step| matches!(step.item, Item::Device(..))) {
+            part.one_by_one(devices, memory);
+        } else {
+            batch.push(part);
+        }
+    }
+    together(devices, memory, &mut batch);
+    results
+}
+
+/// A unit on its way. Its result holds from the beginning what is wrong with the first step that cannot be read, if there is one: it
+/// stands when all before it was done.
+struct Part<'a> {
+    steps: Vec<Parsed>,
+    result: &'a mut UnitResult,
+}
+
+impl Part<'_> {
+    fn one_by_one(&mut self, devices: &dyn WireGuardDevices, memory: &mut Memory) {
+        for step in &self.steps {
+            match one(devices, memory, step) {
+                Ok(()) => self.result.done += 1,
+                Err(error) => {
+                    self.result.failed = Some(error);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// A step with its object read.
+#[derive(Debug)]
+struct Parsed {
+    item: Item,
+    /// It is to be gone.
+    delete: bool,
+}
+
+/// The steps of a unit, up to the first that cannot be read.
+fn parse(unit: &UnitPlan, failed: &mut Option<DriverError>) -> Vec<Parsed> {
+    let mut parsed = Vec::with_capacity(unit.steps.len());
+    for step in &unit.steps {
+        let (object, delete): (&Object, bool) = match step {
+            Step::Create(to) | Step::Replace { to, .. } | Step::Remake { to, .. } => (to, false),
+            Step::Delete(object) => (object, true),
+        };
+        match Item::of(object) {
+            Ok(item) => parsed.push(Parsed { item, delete }),
+            Err(detail) => {
+                let attempted = format!("read a step for {}", object.key());
+                *failed = Some(DriverError::Unsupported { attempted, detail });
+                break;
+            }
+        }
+    }
+    parsed
+}
+
+/// All units in one change of each device; where that is refused, in halves, so that one that cannot be keeps no other out.
+fn together(devices: &dyn WireGuardDevices, memory: &mut Memory, parts: &mut [Part<'_>]) {
+    if parts.is_empty() {
+        return;
+    }
+    let steps = parts.iter().flat_map(|part| &part.steps);
+    match change_peers(devices, memory, steps) {
+        Ok(()) => parts.iter_mut().for_each(|part| part.result.done = part.steps.len()),
+        Err(Trouble::OfDevice(error)) => {
+            parts.iter_mut().filter(|part| !part.steps.is_empty()).for_each(|part| {
+                part.result.failed = Some(error.clone());
+            });
+        }
+        Err(Trouble::OfPeers(error)) => match parts {
+            [part] if part.steps.len() == 1 => part.result.failed = Some(error),
+            [part] => part.one_by_one(devices, memory),
+            _ => {
+                let (first, second) = parts.split_at_mut(parts.len() / 2);
+                together(devices, memory, first);
+                together(devices, memory, second);
+            }
+        },
+    }
+}
+
+/// What a refusal is about.
+enum Trouble {
+    /// The device: it holds for all its peers.
+    OfDevice(DriverError),
+    /// Something among what was to be changed.
+    OfPeers(DriverError),
+}
+
+fn one(devices: &dyn WireGuardDevices, memory: &mut Memory, step: &Parsed) -> Result<(), DriverError> {
+    match &step.item {
+        Item::Device(name, _) if step.delete => match devices.find(name)? {
+            Some(link) if link.is_ours() || link.is_deserted() => devices.delete(&link),
+            _ => Ok(()),
+        },
+        Item::Device(name, tunnel) => make(devices, name, tunnel, memory.adoptable.contains(name)),
+        Item::Peer(..) | Item::Idle(..) => change_peers(devices, memory, [step]).map_err(|trouble| match trouble {
+            Trouble::OfDevice(error) | Trouble::OfPeers(error) => error,
+        }),
+    }
+}
+
+/// Makes a device be there as wanted.
+fn make(
+    devices: &dyn WireGuardDevices,
+    name: &DeviceName,
+    wanted: &Tunnel,
+    take_over: bool,
+) -> Result<(), DriverError> {
+    let attempted = || format!("make WireGuard device {name}");
+    if wanted.public_key != Some(devices.own_key()) {
+        let detail = "it is wanted with another key than this node's private one".to_owned();
+        return Err(DriverError::Unsupported { attempted: attempted(), detail });
+    }
+    let mut there = devices.find(name)?;
+    if let Some(deserted) = there.take_if(|link| link.is_deserted()) {
+        devices.delete(&deserted)?;
+    }
+    let link = match there {
+        Some(link) if link.is_ours() || (take_over && link.is_wireguard() && link.alias.is_empty()) => link,
+        Some(foreign) => {
+            return Err(DriverError::InTheWay {
+                attempted: attempted(),
+                with: foreign.describe(),
+                advice: ADVICE.to_owned(),
+            });
+        }
+        None => {
+            devices.create(name)?;
+            devices.find(name)?.ok_or_else(|| DriverError::Io {
+                attempted: attempted(),
+                reason: "somebody deleted or renamed it at once".to_owned(),
+            })?
+        }
+    };
+    devices.set_up(&link, wanted.port, wanted.mtu)
+}
+
+/// A device's peers on their way from what they are to what they shall be.
+struct Work {
+    link: Link,
+    is: State,
+    to: State,
+    owners: BTreeMap<IpNetwork, PublicKey>,
+}
+
+impl Work {
+    fn on(devices: &dyn WireGuardDevices, name: &DeviceName) -> Result<Option<Work>, DriverError> {
+        let Some(link) = devices.find(name)?.filter(Link::is_ours) else { return Ok(None) };
+        let is = devices.read(&link)?;
+        let subnets = is.peers.iter().flat_map(|(key, peer)| peer.allowed.iter().map(|subnet| (*subnet, *key)));
+        Ok(Some(Work { link, to: is.clone(), owners: subnets.collect(), is }))
+    }
+
+    fn give(&mut self, memory: &mut Memory, device: &DeviceName, subnet: IpNetwork, peer: &Peer) {
+        let key = peer.public_key;
+        if let Some(before) = self.owners.insert(subnet, key).filter(|before| *before != key) {
+            self.take(memory, device, subnet, before);
+        }
+        let is = self.to.peers.get(&key);
+        let endpoint = peer.endpoint.map(|published| memory.settle(device, key, is, published));
+        let entry = self.to.peers.entry(key).or_default();
+        entry.endpoint = endpoint.or(entry.endpoint);
+        entry.keepalive = peer.keepalive;
+        entry.psk = peer.psk;
+        entry.allowed.insert(subnet);
+    }
+
+    /// Takes a subnet from a peer; one that has no other is no peer any more.
+    fn take(&mut self, memory: &mut Memory, device: &DeviceName, subnet: IpNetwork, key: PublicKey) {
+        let Some(peer) = self.to.peers.get_mut(&key) else { return };
+        peer.allowed.remove(&subnet);
+        self.forget_idle(memory, device, key);
+    }
+
+    fn forget_idle(&mut self, memory: &mut Memory, device: &DeviceName, key: PublicKey) {
+        if self.to.peers.get(&key).is_some_and(|peer| peer.allowed.is_empty()) {
+            self.to.peers.remove(&key);
+            memory.told.remove(&(device.clone(), key));
+        }
+    }
+}
+
+/// Reads each device that the steps are about, works out what it shall be, and changes the difference.
+fn change_peers<'a>(
+    devices: &dyn WireGuardDevices,
+    memory: &mut Memory,
+    steps: impl IntoIterator<Item = &'a Parsed>,
+) -> Result<(), Trouble> {
+    let mut works: BTreeMap<DeviceName, Option<Work>> = BTreeMap::new();
+    let mut after = memory.clone();
+    for step in steps {
+        let (Item::Peer(device, ..) | Item::Idle(device, _) | Item::Device(device, _)) = &step.item;
+        if !works.contains_key(device) {
+            works.insert(device.clone(), Work::on(devices, device).map_err(Trouble::OfDevice)?);
+        }
+        match (works.get_mut(device).and_then(Option::as_mut), &step.item) {
+            (Some(work), Item::Peer(_, subnet, peer)) if !step.delete => work.give(&mut after, device, *subnet, peer),
+            (Some(work), Item::Peer(_, subnet, peer)) => {
+                work.owners.remove(subnet);
+                work.take(&mut after, device, *subnet, peer.public_key);
+            }
+            (Some(work), Item::Idle(_, key)) => work.forget_idle(&mut after, device, *key),
+            (Some(_), Item::Device(..)) => {}
+            (None, _) if step.delete => {}
+            (None, _) => {
+                return Err(Trouble::OfDevice(DriverError::Refused {
+                    attempted: format!("change peers of {device}"),
+                    errno: Errno::NODEV,
+                    detail: "no WireGuard device of ours has this name now".to_owned(),
+                }));
+            }
+        }
+    }
+    for work in works.values().flatten() {
+        let changes = Changes::between(&work.is, &work.to);
+        if !changes.is_empty() {
+            devices.change(&work.link, &changes).map_err(Trouble::OfPeers)?;
+        }
+    }
+    *memory = after;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

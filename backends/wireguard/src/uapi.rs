@@ -1,0 +1,357 @@
+//! WireGuard in user space: the text protocol that every implementation speaks on a unix socket
+//! (<https://www.wireguard.com/xplatform/>, "Configuration Protocol").
+//!
+//! `wireguard-control` speaks it as well, but not as a library must: where the socket is away it runs a program that an environment
+//! variable names, it writes to standard output, it waits for ever, and every refusal reads "invalid input". So this
+//! one is our own. It starts nothing, says what was refused, and gives up on a daemon that does not answer.
+
+use std::fmt::Write as _;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use ipnetwork::IpNetwork;
+use podnet::driver::DriverError;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use zeroize::Zeroizing;
+
+use crate::device::{Changes, PeerState, State};
+use crate::error::{IN_USE, io_error, port_in_use};
+use crate::keys::{PresharedKey, PrivateKey, PublicKey};
+use crate::object::Psk;
+
+/// Where daemons have their sockets, by the name of the device. It is one place for all network namespaces.
+const FOLDER: &str = "/var/run/wireguard";
+/// How long a daemon may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// An answer is not longer: 100 000 peers with several subnets each.
+const LONGEST: u64 = 256 * 1024 * 1024;
+
+/// The socket of a device.
+pub(crate) fn socket(name: &str) -> PathBuf {
+    Path::new(FOLDER).join(format!("{name}.sock"))
+}
+
+/// Whether a daemon answers for a device of this name, in whatever network namespace.
+pub(crate) fn is_served(name: &str) -> bool {
+    connect(name).is_ok()
+}
+
+fn connect(name: &str) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(socket(name))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // It would wait for a daemon that has stopped and whose queue is full.
+    rustix::net::connect(&stream, &address)?;
+    let stream = UnixStream::from(stream);
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// The device with its peers.
+pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, DriverError> {
+    let ask = || {
+        let mut stream = connect(name)?;
+        stream.write_all(b"get=1\n\n")?;
+        let mut reader = BufReader::new(stream.take(LONGEST));
+        let mut parser = Parser::new(psk);
+        let mut line = Zeroizing::new(String::new());
+        loop {
+            line.clear();
+            if reader.read_line(&mut line)? == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon's answer is cut off"));
+            }
+            match parser.take(line.trim_end_matches('\n'))? {
+                None => {}
+                Some(0) => return Ok(parser.state),
+                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+    };
+    ask().map_err(|e: io::Error| io_error(&format!("read WireGuard device {name} in user space"), &e, ""))
+}
+
+/// Gives a device its private key and its port.
+pub(crate) fn configure(name: &str, key: &PrivateKey, port: u16) -> Result<(), DriverError> {
+    let mut request = Zeroizing::new(String::with_capacity(256));
+    request.push_str("set=1\nprivate_key=");
+    hex(&mut request, key.expose());
+    let _ = write!(request, "\nlisten_port={port}\n\n");
+    match set(name, &request) {
+        Err(error) if error.raw_os_error() == Some(IN_USE) => Err(port_in_use(name, port)),
+        outcome => outcome.map_err(|e| io_error(&format!("set key and port of {name} in user space"), &e, "")),
+    }
+}
+
+/// Changes peers, in one request.
+pub(crate) fn change(name: &str, changes: &Changes, psk: Option<&PresharedKey>) -> Result<(), DriverError> {
+    let request = request(changes, psk);
+    let peers = changes.set.len() + changes.remove.len();
+    set(name, &request).map_err(|e| io_error(&format!("change {peers} peers of {name} in user space"), &e, ""))
+}
+
+fn request(changes: &Changes, psk: Option<&PresharedKey>) -> Zeroizing<String> {
+    // In one piece: what a growing text leaves behind would not be wiped.
+    let subnets: usize = changes.set.iter().map(|change| change.allowed.len()).sum();
+    let room = 64 + changes.set.len() * 400 + subnets * 64 + changes.remove.len() * 100;
+    let mut request = Zeroizing::new(String::with_capacity(room));
+    request.push_str("set=1\n");
+    for change in &changes.set {
+        request.push_str("public_key=");
+        hex(&mut request, change.public_key.as_bytes());
+        request.push('\n');
+        match (change.psk, psk) {
+            (Some(true), Some(psk)) => {
+                request.push_str("preshared_key=");
+                hex(&mut request, psk.expose());
+                request.push('\n');
+            }
+            (Some(_), _) => {
+                request.push_str("preshared_key=");
+                hex(&mut request, &[0; 32]);
+                request.push('\n');
+            }
+            (None, _) => {}
+        }
+        if let Some(endpoint) = change.endpoint {
+            let _ = writeln!(request, "endpoint={endpoint}");
+        }
+        if let Some(seconds) = change.keepalive {
+            let _ = writeln!(request, "persistent_keepalive_interval={seconds}");
+        }
+        if change.only_these {
+            request.push_str("replace_allowed_ips=true\n");
+        }
+        for network in &change.allowed {
+            let _ = writeln!(request, "allowed_ip={}/{}", network.network(), network.prefix());
+        }
+    }
+    for key in &changes.remove {
+        request.push_str("public_key=");
+        hex(&mut request, key.as_bytes());
+        request.push_str("\nremove=true\n");
+    }
+    request.push('\n');
+    request
+}
+
+/// Sends a request and reads `errno=N`.
+fn set(name: &str, request: &str) -> io::Result<()> {
+    let mut stream = connect(name)?;
+    stream.write_all(request.as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream.take(4096)).read_line(&mut line)?;
+    let errno = line.trim_end().strip_prefix("errno=").and_then(|number| number.parse::<i32>().ok());
+    match errno {
+        Some(0) => Ok(()),
+        // Both signs are in use.
+        Some(errno) => Err(io::Error::from_raw_os_error(errno.saturating_abs())),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "the daemon's answer is not errno=N")),
+    }
+}
+
+fn hex(text: &mut String, bytes: &[u8; 32]) {
+    for byte in bytes {
+        let _ = write!(text, "{byte:02x}");
+    }
+}
+
+fn unhex(text: &str) -> Option<Zeroizing<[u8; 32]>> {
+    let mut bytes = Zeroizing::new([0; 32]);
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (place, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * place..2 * place + 2)?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Takes an answer in line by line.
+struct Parser<'a> {
+    psk: Option<&'a PresharedKey>,
+    state: State,
+    /// The peer that the next lines are about.
+    current: Option<PublicKey>,
+    seconds: u64,
+}
+
+impl<'a> Parser<'a> {
+    fn new(psk: Option<&'a PresharedKey>) -> Self {
+        Parser { psk, state: State::default(), current: None, seconds: 0 }
+    }
+
+    /// Takes one line in; the number of the last line, which ends the answer.
+    fn take(&mut self, line: &str) -> io::Result<Option<i32>> {
+        // Not the line: it may be a secret.
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "the daemon's answer has a line that cannot be read");
+        let (name, value) = line.split_once('=').ok_or_else(wrong)?;
+        match name {
+            "errno" => return value.parse::<i32>().map(|errno| Some(errno.saturating_abs())).map_err(|_| wrong()),
+            "private_key" => {
+                let bytes = unhex(value).ok_or_else(wrong)?;
+                self.state.public_key = PrivateKey::from_bytes(*bytes).ok().map(|key| key.public_key());
+            }
+            "listen_port" => self.state.port = value.parse().map_err(|_| wrong())?,
+            "public_key" => {
+                let key = PublicKey::of_device(*unhex(value).ok_or_else(wrong)?);
+                self.state.peers.entry(key).or_default();
+                self.current = Some(key);
+                self.seconds = 0;
+            }
+            _ => {
+                let psk = self.psk;
+                let Some(peer) = self.current.as_ref().and_then(|key| self.state.peers.get_mut(key)) else {
+                    return Ok(None);
+                };
+                take_of_peer(peer, psk, name, value, &mut self.seconds).ok_or_else(wrong)?;
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Takes in what a line says of a peer. What is unknown is left out: the protocol grows.
+fn take_of_peer(
+    peer: &mut PeerState,
+    configured: Option<&PresharedKey>,
+    name: &str,
+    value: &str,
+    seconds: &mut u64,
+) -> Option<()> {
+    match name {
+        "preshared_key" => {
+            let bytes = unhex(value)?;
+            peer.psk = match configured {
+                _ if *bytes == [0; 32] => Psk::None,
+                Some(psk) if psk.is(&bytes) => Psk::Configured,
+                _ => Psk::Other,
+            };
+        }
+        "endpoint" => peer.endpoint = Some(value.parse().ok()?),
+        "persistent_keepalive_interval" => peer.keepalive = value.parse().ok()?,
+        "allowed_ip" => {
+            peer.allowed.insert(value.parse::<IpNetwork>().ok()?);
+        }
+        "rx_bytes" => peer.received = value.parse().ok()?,
+        "tx_bytes" => peer.sent = value.parse().ok()?,
+        "last_handshake_time_sec" => *seconds = value.parse().ok()?,
+        "last_handshake_time_nsec" => {
+            let moment = Duration::new(*seconds, value.parse::<u32>().ok().filter(|nanos| *nanos < 1_000_000_000)?);
+            peer.last_handshake = SystemTime::UNIX_EPOCH.checked_add(moment).filter(|_| !moment.is_zero());
+        }
+        _ => {}
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::PeerChange;
+
+    fn parse(answer: &str, psk: Option<&PresharedKey>) -> io::Result<State> {
+        let mut parser = Parser::new(psk);
+        for line in answer.lines() {
+            if parser.take(line)?.is_some() {
+                return Ok(parser.state);
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    #[test]
+    fn the_answer_of_the_specification_is_read() {
+        // From "Example Dialog" of the specification, with a keepalive and what newer daemons say beside.
+        let answer = "\
+private_key=e84b5a6d2717c1003a13b431570353dbaca9146cf150c5f8575680feba52027a
+listen_port=12912
+public_key=b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33
+preshared_key=188515093e952f5f22e865cef3012e72f8b5f0b598ac0309d5dacce3b70fcf52
+allowed_ip=192.168.4.4/32
+endpoint=[abcd:23::33]:51820
+protocol_version=1
+public_key=58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376
+tx_bytes=38333
+rx_bytes=2224
+allowed_ip=192.168.4.6/32
+persistent_keepalive_interval=111
+endpoint=182.122.22.19:3233
+last_handshake_time_sec=1700000000
+last_handshake_time_nsec=5
+a_line_of_tomorrow=yes
+public_key=662e14fd594556f522604703340351258903b64f35553763f19426ab2a515c58
+endpoint=5.152.198.39:51820
+allowed_ip=192.168.4.10/32
+allowed_ip=fd00::/64
+preshared_key=0000000000000000000000000000000000000000000000000000000000000000
+last_handshake_time_sec=0
+last_handshake_time_nsec=0
+errno=0
+";
+        let psk = PresharedKey::from_bytes(
+            *unhex("188515093e952f5f22e865cef3012e72f8b5f0b598ac0309d5dacce3b70fcf52").unwrap(),
+        )
+        .unwrap();
+        let state = parse(answer, Some(&psk)).unwrap();
+        assert_eq!((state.port, state.peers.len()), (12_912, 3));
+        assert!(state.public_key.is_some());
+        let of = |start: u8| state.peers.iter().find(|(key, _)| key.as_bytes()[0] == start).unwrap().1;
+        assert_eq!((of(0xb8).psk, of(0x58).psk, of(0x66).psk), (Psk::Configured, Psk::None, Psk::None));
+        assert_eq!(parse(answer, None).unwrap().peers.values().filter(|p| p.psk == Psk::Other).count(), 1);
+        assert_eq!((of(0x58).sent, of(0x58).received, of(0x58).keepalive), (38_333, 2224, 111));
+        assert_eq!(of(0x58).last_handshake, Some(SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5)));
+        assert_eq!((of(0x66).last_handshake, of(0x66).allowed.len()), (None, 2));
+        assert_eq!(of(0xb8).endpoint, Some("[abcd:23::33]:51820".parse().unwrap()));
+        // A refusal, an end in the middle, rubbish.
+        let mut parser = Parser::new(None);
+        assert_eq!(parser.take("errno=-98").unwrap(), Some(98));
+        assert!(parse(&answer[..200], None).is_err() && parse("private_key=xyz\n", None).is_err());
+    }
+
+    #[test]
+    fn what_moves_from_one_peer_to_another_is_given_before_the_first_goes() {
+        let key = |n: u8| PublicKey::of_device([n; 32]);
+        let changes = Changes {
+            set: vec![PeerChange {
+                public_key: key(2),
+                endpoint: Some("10.240.0.2:51820".parse().unwrap()),
+                keepalive: Some(25),
+                psk: Some(true),
+                allowed: ["10.42.1.0/24".parse().unwrap()].into(),
+                only_these: true,
+            }],
+            remove: vec![key(1)],
+        };
+        let psk = PresharedKey::from_bytes([7; 32]).unwrap();
+        let (one, two, seven) = ("01".repeat(32), "02".repeat(32), "07".repeat(32));
+        assert_eq!(
+            request(&changes, Some(&psk)).as_str(),
+            format!(
+                "set=1\npublic_key={two}\npreshared_key={seven}\nendpoint=10.240.0.2:51820\n\
+                 persistent_keepalive_interval=25\nreplace_allowed_ips=true\nallowed_ip=10.42.1.0/24\n\
+                 public_key={one}\nremove=true\n\n"
+            )
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_it_panic(lines in proptest::collection::vec("[a-z_]{0,32}(=[ -~]{0,70})?", 0..20)) {
+            let _ = parse(&lines.join("\n"), None);
+        }
+
+        #[test]
+        fn known_names_with_any_value_do_not_make_it_panic(
+            lines in proptest::collection::vec(("(private_key|listen_port|public_key|preshared_key|endpoint|allowed_ip|errno|rx_bytes|last_handshake_time_sec|last_handshake_time_nsec)", "[0-9a-f:./-]{0,66}"), 0..20)
+        ) {
+            let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let _ = parse(&text.join("\n"), None);
+        }
+    }
+}

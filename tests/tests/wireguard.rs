@@ -1,0 +1,689 @@
+//! The WireGuard backend through the whole engine on real devices: the kernel's where it has WireGuard, else those of wireguard-go. What
+//! is told of devices and peers is compared with what `wg` says, which shares no code with it.
+//!
+//! Where there is neither, or no `wg`, each test says so and shows nothing.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use podnet::config::NetworkConfig;
+use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
+use podnet::masquerade::MasqueradePolicy;
+use podnet::status::Status;
+use podnet::subnet::memory::MemorySubnets;
+use podnet::types::{DeviceName, Family, Stack};
+use podnet::{Node, NodeBuilder, Shutdown};
+use podnet_lab::cluster::UNDERLAY_INTERFACE;
+use podnet_lab::probe::{Capture, PingOptions, ping};
+use podnet_lab::{Host, Lab, LabSpec, Netns, Pod, wait_until};
+use podnet_tests::real::eye::Eye;
+use podnet_tests::real::{assert_same, connected, heals, lone_host, namespace, network, turn};
+use podnet_tests::{Running, name, spawn};
+use podnet_wireguard::{KIND, Mode, PresharedKey, PrivateKey, PublicKey, Session, Userspace, WireGuard};
+use rtnetlink::LinkWireguard;
+use tokio::sync::SemaphorePermit;
+
+const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether nothing can be shown here; it says why.
+async fn skipped(test: &str) -> bool {
+    let lacking = lacking().await;
+    if let Some(reason) = &lacking {
+        println!("skipped: {test}: {reason}");
+    }
+    lacking.is_some()
+}
+
+async fn lacking() -> Option<String> {
+    if Command::new("wg").arg("--version").output().is_err() {
+        return Some("there is no program wg".to_owned());
+    }
+    let host = Host::new("probe").expect("a namespace: run the tests as root or under `unshare -Urn`");
+    if host.handle().link().add(LinkWireguard::new("probe").build()).execute().await.is_ok() {
+        return None;
+    }
+    let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").err();
+    let folder =
+        std::fs::create_dir_all("/var/run/wireguard").and_then(|()| tempfile::tempfile_in("/var/run/wireguard"));
+    let reason = if !Path::new(WIREGUARD_GO).exists() {
+        format!("{WIREGUARD_GO} is not there")
+    } else if let Some(error) = tun {
+        format!("/dev/net/tun cannot be opened: {error}")
+    } else {
+        format!("/var/run/wireguard cannot be written: {}", folder.err()?)
+    };
+    Some(format!("the kernel has no WireGuard, and {reason}"))
+}
+
+/// A node's backend, under device names that no other test has. Its daemons end with it, also where a test fails.
+struct Seat {
+    backend: WireGuard,
+    device: String,
+    device_v6: String,
+}
+
+impl Seat {
+    fn new(key: PrivateKey) -> Seat {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let device = format!("w{}x{number}", std::process::id());
+        let device_v6 = format!("{device}v6");
+        let parse = |name: &str| name.parse::<DeviceName>().unwrap();
+        let backend = WireGuard::new(key)
+            .userspace(Userspace::program(WIREGUARD_GO))
+            .unwrap()
+            .device_names(parse(&device), parse(&device_v6))
+            .unwrap();
+        Seat { backend, device, device_v6 }
+    }
+
+    /// As if its process had been started anew: it remembers nothing.
+    fn again(&mut self, key: PrivateKey, change: impl FnOnce(WireGuard) -> WireGuard) {
+        let parse = |name: &str| name.parse::<DeviceName>().unwrap();
+        let backend = WireGuard::new(key)
+            .userspace(Userspace::program(WIREGUARD_GO))
+            .unwrap()
+            .device_names(parse(&self.device), parse(&self.device_v6))
+            .unwrap();
+        self.backend = change(backend);
+    }
+
+    /// Whether a daemon answers for its device.
+    fn has_daemon(&self) -> bool {
+        Path::new(&format!("/var/run/wireguard/{}.sock", self.device)).exists()
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        for name in [&self.device, &self.device_v6] {
+            // wireguard-go ends when its socket goes.
+            let _ = std::fs::remove_file(format!("/var/run/wireguard/{name}.sock"));
+        }
+    }
+}
+
+/// What `wg` says of a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Shown {
+    endpoint: String,
+    allowed: String,
+    handshake: u64,
+    keepalive: String,
+}
+
+/// `wg show DEVICE dump`: the device's public key and port, and its peers by key.
+fn wg(netns: &Netns, device: &str) -> (String, String, BTreeMap<String, Shown>) {
+    let output = netns.run(|| Command::new("wg").args(["show", device, "dump"]).output().unwrap()).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut lines = text.lines().map(|line| line.split('\t').map(str::to_owned).collect::<Vec<_>>());
+    let own = lines.next().unwrap();
+    let peers = lines.map(|fields| {
+        let [key, _psk, endpoint, allowed, handshake, _, _, keepalive] = <[String; 8]>::try_from(fields).unwrap();
+        (key, Shown { endpoint, allowed, handshake: handshake.parse().unwrap(), keepalive })
+    });
+    (own[1].clone(), own[2].clone(), peers.collect())
+}
+
+/// `wg set DEVICE ...`.
+fn wg_set(netns: &Netns, device: &str, arguments: &[&str]) {
+    let set = || Command::new("wg").args(["set", device]).args(arguments).status().unwrap();
+    assert!(netns.run(set).unwrap().success());
+}
+
+struct Cluster {
+    lab: Lab,
+    subnets: MemorySubnets,
+    seats: Vec<Seat>,
+    running: Vec<Option<Running>>,
+    _turn: SemaphorePermit<'static>,
+}
+
+impl Cluster {
+    async fn of(nodes: usize, families: Stack<(), ()>, change: impl Fn(usize, WireGuard) -> WireGuard) -> Cluster {
+        let turn = turn().await;
+        let networks = LabSpec::usual_networks(families);
+        let spec = LabSpec { nodes, pods_per_node: 1, networks, ..LabSpec::default() };
+        let mtu = spec.mtu() - 80;
+        let mut lab = Lab::build(spec).await.expect("a lab: run the tests as root or under `unshare -Urn`");
+        lab.attach_pods(mtu).await.unwrap();
+        let subnets = MemorySubnets::assigned(NetworkConfig::new(networks).unwrap());
+        let mut seats = Vec::new();
+        for node in lab.nodes() {
+            subnets.assign(&name(node.name()), lab.spec().subnets(node.index()));
+            let mut seat = Seat::new(PrivateKey::generate());
+            seat.backend = change(node.index(), seat.backend.clone());
+            seats.push(seat);
+        }
+        Cluster { running: (0..nodes).map(|_| None).collect(), lab, subnets, seats, _turn: turn }
+    }
+
+    async fn running(nodes: usize, families: Stack<(), ()>) -> Cluster {
+        let mut cluster = Cluster::of(nodes, families, |_, backend| backend).await;
+        cluster.start_all().await;
+        cluster
+    }
+
+    async fn start_all(&mut self) {
+        let nodes = self.seats.len();
+        for index in 0..nodes {
+            self.running[index] = Some(spawn(self.builder(index)).await);
+        }
+        for index in 0..nodes {
+            self.node(index).until(connected(nodes - 1)).await;
+        }
+    }
+
+    fn builder(&self, index: usize) -> NodeBuilder {
+        let node = &self.lab.nodes()[index];
+        Node::builder(node.name(), self.subnets.clone())
+            .backend(self.seats[index].backend.clone())
+            .network_namespace(namespace(node.netns()))
+    }
+
+    async fn start(&mut self, index: usize) {
+        let running = spawn(self.builder(index)).await;
+        running.until(connected(self.seats.len() - 1)).await;
+        self.running[index] = Some(running);
+    }
+
+    fn node(&self, index: usize) -> &Running {
+        self.running[index].as_ref().unwrap()
+    }
+
+    fn host(&self, index: usize) -> &Host {
+        self.lab.nodes()[index].host()
+    }
+
+    fn netns(&self, index: usize) -> &Netns {
+        self.host(index).netns()
+    }
+
+    fn pod(&self, index: usize) -> &Pod {
+        &self.lab.nodes()[index].pods()[0]
+    }
+
+    fn eye(&self, index: usize) -> Eye {
+        Eye::on(self.netns(index))
+    }
+
+    fn key(&self, index: usize) -> PublicKey {
+        self.seats[index].backend.public_key()
+    }
+
+    fn families(&self) -> Vec<Family> {
+        self.lab.spec().families().collect()
+    }
+
+    async fn answered(&self, from: usize, to: usize, family: Family) -> u64 {
+        let options = PingOptions { count: 3, timeout: Duration::from_millis(500), ..PingOptions::default() };
+        ping(self.pod(from).netns(), self.pod(to).ip_in(family).unwrap(), options).await.unwrap().received
+    }
+
+    /// The first packets may be lost while a session is agreed on; then none.
+    async fn assert_talk(&self, from: usize, to: usize) {
+        for family in self.families() {
+            let what = format!("{family} from node {from} to node {to}");
+            wait_until(&what, PATIENCE, || async { Ok(self.answered(from, to, family).await == 3) }).await.unwrap();
+            assert_eq!(self.answered(from, to, family).await, 3, "{what}");
+        }
+    }
+
+    async fn assert_pods_talk(&self) {
+        for from in 0..self.seats.len() {
+            for to in (0..self.seats.len()).filter(|to| *to != from) {
+                self.assert_talk(from, to).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wireguard_alone() {
+    if skipped("pods talk").await {
+        return;
+    }
+    let mut cluster = Cluster::of(3, Stack::Dual((), ()), |_, backend| backend.keepalive(25)).await;
+    let capture = Capture::start(cluster.host(0), UNDERLAY_INTERFACE).await.unwrap();
+    cluster.start_all().await;
+    cluster.assert_pods_talk().await;
+
+    // As flannel sets it up, by the word of wg and of the kernel.
+    let seat = &cluster.seats[0];
+    let (own, port, peers) = wg(cluster.netns(0), &seat.device);
+    assert_eq!((own, port.as_str(), peers.len()), (cluster.key(0).to_string(), "51820", 2));
+    let first = &peers[&cluster.key(1).to_string()];
+    let address = cluster.lab.nodes()[1].ip_in(Family::V4).unwrap();
+    assert_eq!((first.allowed.as_str(), first.keepalive.as_str()), ("10.42.1.0/24", "25"));
+    assert_eq!(first.endpoint, SocketAddr::new(address, 51_820).to_string());
+    let (own, port, peers) = wg(cluster.netns(0), &seat.device_v6);
+    assert_eq!((own, port.as_str(), peers.len()), (cluster.key(0).to_string(), "51821", 2));
+    assert_eq!(peers[&cluster.key(2).to_string()].allowed, "2001:db8:42:2::/64");
+    let now = cluster.eye(0).settled();
+    for parts in [
+        &[format!("link {} up", seat.device), "Mtu(1380)".to_owned(), "podnet".to_owned()][..],
+        &[format!("address dev {} /32", seat.device), "10.42.0.0".to_owned()],
+        &["route 10.42.0.0/16 proto 112 table 254".to_owned(), seat.device.clone()],
+        &[format!("address dev {} /128", seat.device_v6), "2001:db8:42::".to_owned()],
+        &["route 2001:db8:42::/56 proto 112 table 254".to_owned(), seat.device_v6.clone()],
+    ] {
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        assert!(now.has(&parts), "{parts:?} is missing: {:#?}", now.lines());
+    }
+    let leases = cluster.subnets.leases();
+    let offer = leases[0].offer(&KIND).unwrap();
+    assert_eq!(
+        offer.endpoint(Family::V6).unwrap().data.as_str(),
+        format!(r#"{{"PublicKey":"{}","Port":51821}}"#, cluster.key(0))
+    );
+    assert_eq!(cluster.node(0).overlay.status().borrow().pod_mtu.unwrap().bytes(), 1380);
+
+    // The largest packet passes whole.
+    for family in Family::BOTH {
+        let to = cluster.pod(2).ip_in(family).unwrap();
+        let whole = PingOptions { ip_length: 1380, dont_fragment: true, ..PingOptions::default() };
+        assert!(ping(cluster.pod(0).netns(), to, whole).await.unwrap().all_answered());
+    }
+
+    // What is on the underlay between nodes: UDP of these ports, and no address of a pod.
+    let report = capture.report();
+    let nodes: Vec<_> = cluster.lab.nodes().iter().flat_map(|n| Family::BOTH.map(|f| n.ip_in(f).unwrap())).collect();
+    let (mut v4, mut v6) = (0, 0);
+    for frame in report.frames.iter() {
+        let Some(ip) = &frame.ip else { continue };
+        for address in [ip.source, ip.destination] {
+            let pod = cluster.lab.spec().families().any(|f| {
+                let network = LabSpec::usual_networks(Stack::Dual((), ()));
+                match f {
+                    Family::V4 => {
+                        network.v4().is_some_and(|n| matches!(address, std::net::IpAddr::V4(a) if n.contains(a)))
+                    }
+                    Family::V6 => {
+                        network.v6().is_some_and(|n| matches!(address, std::net::IpAddr::V6(a) if n.contains(a)))
+                    }
+                }
+            });
+            assert!(!pod, "a pod's address on the underlay: {frame:?}");
+        }
+        if !(nodes.contains(&ip.source) && nodes.contains(&ip.destination)) || frame.is_icmp() {
+            continue;
+        }
+        let udp = frame.udp.as_ref().unwrap_or_else(|| panic!("no UDP: {frame:?}"));
+        let port = if ip.source.is_ipv4() { 51_820 } else { 51_821 };
+        assert_eq!((udp.source, udp.destination), (port, port), "{frame:?}");
+        if ip.source.is_ipv4() { v4 += 1 } else { v6 += 1 }
+    }
+    assert!(v4 > 20 && v6 > 20 && report.fragments == 0, "{v4} and {v6}, {} fragments", report.fragments);
+
+    // And how each peer is, by the backend's own word.
+    let statistics = seat.backend.peers().await.unwrap();
+    assert_eq!(statistics.len(), 4);
+    for peer in &statistics {
+        assert!(peer.session == Session::Live && peer.received > 300 && peer.sent > 300, "{peer}");
+        let (_, _, shown) = wg(cluster.netns(0), peer.device.as_str());
+        let shown = &shown[&peer.public_key.to_string()];
+        assert_eq!(peer.endpoint.unwrap().to_string(), shown.endpoint);
+        assert_eq!(peer.subnets.iter().map(ToString::to_string).collect::<Vec<_>>().join(","), shown.allowed);
+        let age = peer.last_handshake.unwrap().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert_eq!(age, shown.handshake);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_with_encryption_required_pods_talk_and_without_the_device_nothing_leaves() {
+    if skipped("encryption required").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    for index in 0..2 {
+        cluster.running[index] = Some(spawn(cluster.builder(index).require_encryption(true)).await);
+    }
+    for index in 0..2 {
+        cluster.node(index).until(connected(1)).await;
+    }
+    cluster.assert_pods_talk().await;
+    // Nobody repairs it, and the device goes: the packets go nowhere, and not out by the default route.
+    cluster.running[0].take().unwrap().abort().await;
+    let capture = Capture::start(cluster.host(0), UNDERLAY_INTERFACE).await.unwrap();
+    cluster.host(0).delete_link(&cluster.seats[0].device).await.unwrap();
+    assert_eq!(cluster.answered(0, 1, Family::V4).await, 0);
+    let pod = cluster.pod(1).ip();
+    assert!(capture.report().frames.iter().all(|frame| frame.ip.as_ref().is_none_or(|ip| ip.destination != pod)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_device_carries_both_families_over_one_in_the_other_modes() {
+    if skipped("the other modes").await {
+        return;
+    }
+    for (mode, outer) in [(Mode::Ipv4, Family::V4), (Mode::Ipv6, Family::V6), (Mode::Auto, Family::V6)] {
+        let mut cluster = Cluster::of(2, Stack::Dual((), ()), |_, backend| backend.mode(mode)).await;
+        cluster.start_all().await;
+        cluster.assert_pods_talk().await;
+        let (_, port, peers) = wg(cluster.netns(0), &cluster.seats[0].device);
+        assert_eq!((port.as_str(), peers.len()), ("51820", 1));
+        let peer = &peers[&cluster.key(1).to_string()];
+        let address = cluster.lab.nodes()[1].ip_in(outer).unwrap();
+        assert_eq!(peer.endpoint, SocketAddr::new(address, 51_820).to_string(), "{mode:?}");
+        let mut allowed: Vec<&str> = peer.allowed.split(',').collect();
+        allowed.sort_unstable();
+        assert_eq!(allowed, ["10.42.1.0/24", "2001:db8:42:1::/64"]);
+        assert!(!cluster.host(0).has_link(&cluster.seats[0].device_v6).await.unwrap());
+        // A check finds nothing to do.
+        assert!(cluster.node(0).overlay.reconcile().await.unwrap().done.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_of_ipv6_alone_works_in_every_mode_and_leaves_the_default_route() {
+    if skipped("IPv6 alone").await {
+        return;
+    }
+    for mode in [Mode::Separate, Mode::Auto, Mode::Ipv4] {
+        let mut cluster = Cluster::of(2, Stack::V6(()), |_, backend| backend.mode(mode)).await;
+        let before = cluster.eye(0).settled();
+        cluster.start_all().await;
+        cluster.assert_pods_talk().await;
+        let defaults = |dump: &podnet_tests::real::eye::Dump| {
+            dump.with(&["/0 "]).into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(defaults(&before), defaults(&cluster.eye(0).settled()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_36_whatever_befalls_the_device_is_repaired_within_a_second_and_pods_talk_again() {
+    if skipped("healing").await {
+        return;
+    }
+    let cluster = Cluster::running(2, Stack::V4(())).await;
+    let (host, eye, running) = (cluster.host(0), cluster.eye(0), cluster.node(0));
+    let device = cluster.seats[0].device.clone();
+    heals(&eye, running, async { host.delete_link(&device).await.unwrap() }).await;
+    cluster.assert_pods_talk().await;
+    heals(&eye, running, async { host.set_down(&device).await.unwrap() }).await;
+    cluster.assert_pods_talk().await;
+    heals(&eye, running, async { host.set_mtu(&device, 1280).await.unwrap() }).await;
+    heals(&eye, running, async {
+        host.delete_address(&device, "10.42.0.0/32".parse().unwrap()).await.unwrap();
+    })
+    .await;
+    cluster.assert_pods_talk().await;
+
+    // The kernel tells nothing of peers: a check finds them.
+    let (key, before) = (cluster.key(1).to_string(), wg(cluster.netns(0), &device));
+    let stranger = PrivateKey::generate().public_key().to_string();
+    for harm in [
+        &["peer", &key, "remove"][..],
+        &["peer", &key, "allowed-ips", "10.42.1.0/24,0.0.0.0/0"],
+        &["peer", &key, "persistent-keepalive", "7"],
+        // The kernel gives a subnet silently to whoever is set last.
+        &["peer", &stranger, "allowed-ips", "10.42.1.0/24"],
+        &["listen-port", "51999"],
+    ] {
+        wg_set(cluster.netns(0), &device, harm);
+        let plan = running.overlay.plan().await.unwrap();
+        assert!(!plan.is_empty(), "{harm:?}");
+        assert!(running.overlay.reconcile().await.unwrap().is_clean());
+        let now = wg(cluster.netns(0), &device);
+        assert_eq!((&now.0, &now.1), (&before.0, &before.1), "{harm:?}");
+        assert_eq!(now.2.keys().collect::<Vec<_>>(), [&key], "{harm:?}");
+        let (is, was) = (&now.2[&key], &before.2[&key]);
+        assert_eq!(
+            (&is.allowed, &is.endpoint, &is.keepalive),
+            (&was.allowed, &was.endpoint, &was.keepalive),
+            "{harm:?}"
+        );
+    }
+    cluster.assert_pods_talk().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_35_a_new_key_replaces_the_old_peer_and_touches_no_other() {
+    if skipped("a new key").await {
+        return;
+    }
+    let mut cluster = Cluster::running(3, Stack::V4(())).await;
+    cluster.assert_pods_talk().await;
+    let device = cluster.seats[0].device.clone();
+    let (old, other) = (cluster.key(1).to_string(), cluster.key(2).to_string());
+    let before = wg(cluster.netns(0), &device).2;
+    cluster.running[1].take().unwrap().abort().await;
+    cluster.seats[1].again(PrivateKey::generate(), |backend| backend);
+    cluster.start(1).await;
+    let new = cluster.key(1).to_string();
+    wait_until("node 0 has the new key", PATIENCE, || async { Ok(wg(cluster.netns(0), &device).2.contains_key(&new)) })
+        .await
+        .unwrap();
+    cluster.assert_pods_talk().await;
+    let after = wg(cluster.netns(0), &device).2;
+    assert!(!after.contains_key(&old) && after.len() == 2, "{after:?}");
+    assert_eq!(after[&other], before[&other], "not even its session was touched");
+    assert_eq!(after[&new].allowed, "10.42.1.0/24");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_35_another_pre_shared_key_keeps_a_node_out_and_it_shows_and_others_talk_on() {
+    if skipped("another pre-shared key").await {
+        return;
+    }
+    let psk = |byte: u8| PresharedKey::from_bytes([byte; 32]).unwrap();
+    let with = |index: usize, backend: WireGuard| backend.preshared_key(psk(if index == 2 { 8 } else { 7 }));
+    let mut cluster = Cluster::of(3, Stack::V4(()), with).await;
+    cluster.start_all().await;
+    cluster.assert_talk(0, 1).await;
+    assert_eq!(cluster.answered(0, 2, Family::V4).await, 0);
+    let sessions = || async {
+        let peers = cluster.seats[0].backend.peers().await.unwrap();
+        peers.iter().map(|peer| (peer.public_key, peer.session)).collect::<BTreeMap<_, _>>()
+    };
+    let now = sessions().await;
+    assert_eq!((now[&cluster.key(1)], now[&cluster.key(2)]), (Session::Live, Session::Never));
+
+    // The right one: it comes in.
+    let device = cluster.seats[0].device.clone();
+    let before = wg(cluster.netns(0), &device).2[&cluster.key(1).to_string()].clone();
+    cluster.running[2].take().unwrap().abort().await;
+    let key = PrivateKey::generate();
+    cluster.seats[2].again(key, |backend| backend.preshared_key(psk(7)));
+    cluster.start(2).await;
+    cluster.assert_talk(0, 2).await;
+    assert_eq!(wg(cluster.netns(0), &device).2[&cluster.key(1).to_string()], before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_17_a_restart_and_a_kill_write_nothing_and_pods_talk_all_the_time() {
+    if skipped("restart").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::Dual((), ()), |_, backend| backend).await;
+    let keys = [PrivateKey::generate(), PrivateKey::generate()];
+    for (index, key) in keys.iter().enumerate() {
+        cluster.seats[index].again(key.clone(), |backend| backend);
+    }
+    cluster.start_all().await;
+    cluster.assert_pods_talk().await;
+    let eye = cluster.eye(0);
+    let whole = eye.settled();
+    let device = cluster.seats[0].device.clone();
+    let peers = wg(cluster.netns(0), &device);
+    for kill in [false, true] {
+        let running = cluster.running[0].take().unwrap();
+        if kill {
+            running.abort().await;
+        } else {
+            running.overlay.shutdown(Shutdown::Keep).await.unwrap();
+            drop(running);
+        }
+        assert_eq!(cluster.answered(1, 0, Family::V4).await, 3, "nobody is needed for that");
+        cluster.seats[0].again(keys[0].clone(), |backend| backend);
+        cluster.start(0).await;
+        assert_eq!(cluster.node(0).steps(), 0, "it finds all as it should be");
+        assert_same(&whole, &eye.settled());
+        assert_eq!(wg(cluster.netns(0), &device), peers, "sessions go on");
+        assert_eq!(cluster.answered(1, 0, Family::V6).await, 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_remove_state_no_device_no_route_and_no_daemon_is_left() {
+    if skipped("removal").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::Dual((), ()), |_, backend| backend).await;
+    let before = cluster.eye(0).settled();
+    cluster.start_all().await;
+    cluster.assert_pods_talk().await;
+    let running = cluster.running[0].take().unwrap();
+    let report = running.overlay.shutdown(Shutdown::RemoveState).await.unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert_same(&before, &cluster.eye(0).settled());
+    assert!(!cluster.seats[0].has_daemon());
+    // Its ports are free.
+    for (family, port) in [(Family::V4, 51_820), (Family::V6, 51_821)] {
+        let address = cluster.lab.nodes()[0].ip_in(family).unwrap();
+        drop(cluster.netns(0).udp_socket(SocketAddr::new(address, port)).unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_36_what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone_the_node_is_ready() {
+    if skipped("conflicts").await {
+        return;
+    }
+    let cluster = Cluster::of(1, Stack::V4(()), |_, backend| backend).await;
+    let (host, device, eye) = (cluster.host(0), cluster.seats[0].device.clone(), cluster.eye(0));
+    host.add_bridge(&device, None).await.unwrap();
+    let address = cluster.lab.nodes()[0].ip();
+    let squatter = cluster.netns(0).udp_socket(SocketAddr::new(address, 51_820)).unwrap();
+    let with_bridge = eye.settled();
+
+    let running = spawn(cluster.builder(0)).await;
+    let named =
+        |status: &Status| status.conflicts.iter().any(|c| c.to_string().contains(&format!("link {device} (bridge")));
+    assert!(!running.until(named).await.is_ready());
+    assert_eq!(with_bridge.with(&[&device]), eye.settled().with(&[&device]), "it is as it was");
+
+    host.delete_link(&device).await.unwrap();
+    let status = running.until(|status| status.to_string().contains("UDP port 51820")).await;
+    let text = status.to_string();
+    assert!(!status.is_ready() && text.contains("Address already in use") && text.contains("ss -ulpn"), "{text}");
+
+    drop(squatter);
+    running.until(connected(0)).await;
+    assert_eq!(wg(cluster.netns(0), &device).1, "51820");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_18_a_member_speaks_for_its_own_pods_alone() {
+    if skipped("forged sources").await {
+        return;
+    }
+    let mut cluster = Cluster::running(3, Stack::V4(())).await;
+    // Nothing on node 1 makes its packets honest.
+    let node = cluster.running[1].take().unwrap();
+    node.overlay.set_masquerade(MasqueradePolicy::off()).await.unwrap();
+    cluster.running[1] = Some(node);
+    cluster.assert_pods_talk().await;
+    let target = SocketAddr::new(cluster.pod(0).ip(), 7000);
+    let listener = cluster.pod(0).netns().udp_socket(target).unwrap();
+    let lo = cluster.host(1);
+    lo.set_up("lo").await.unwrap();
+    // Node 1 has a true key, and sends as: a pod of node 2, a pod of the receiver's own node, a pod of nobody's.
+    for forged in [cluster.pod(2).ip(), "10.42.0.77".parse().unwrap(), "10.42.200.9".parse().unwrap()] {
+        lo.add_address("lo", ipnetwork::IpNetwork::from(forged)).await.unwrap();
+        let socket = cluster.netns(1).udp_socket(SocketAddr::new(forged, 7000)).unwrap();
+        socket.send_to(b"forged", target).await.unwrap();
+    }
+    let truth = cluster.pod(1).netns().udp_socket(SocketAddr::new(cluster.pod(1).ip(), 7000)).unwrap();
+    truth.send_to(b"true", target).await.unwrap();
+    let mut buffer = [0; 64];
+    let (length, from) = tokio::time::timeout(PATIENCE, listener.recv_from(&mut buffer)).await.unwrap().unwrap();
+    // One device, one session: what was sent first would have come first.
+    assert_eq!((&buffer[..length], from.ip()), (&b"true"[..], cluster.pod(1).ip()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_peer_was_found_stays_and_a_new_published_place_is_taken() {
+    if skipped("roaming").await {
+        return;
+    }
+    let cluster = Cluster::running(2, Stack::V4(())).await;
+    cluster.assert_pods_talk().await;
+    let (device, key) = (cluster.seats[0].device.clone(), cluster.key(1).to_string());
+    let published = wg(cluster.netns(0), &device).2[&key].endpoint.clone();
+    // Node 1 listens elsewhere now, and says so by speaking alone.
+    let moved = cluster.netns(1).clone();
+    cluster.node(1).overlay.shutdown(Shutdown::Keep).await.unwrap();
+    wg_set(&moved, &cluster.seats[1].device, &["listen-port", "51999"]);
+    cluster.assert_talk(1, 0).await;
+    let learnt = wg(cluster.netns(0), &device).2[&key].endpoint.clone();
+    assert!(learnt.ends_with(":51999") && learnt != published, "{learnt}");
+    // A check keeps it.
+    assert!(cluster.node(0).overlay.reconcile().await.unwrap().done.is_empty());
+    assert_eq!(wg(cluster.netns(0), &device).2[&key].endpoint, learnt);
+    // Another port is published: that is taken.
+    let node = name(cluster.lab.nodes()[1].name());
+    let mut lease = cluster.subnets.leases().into_iter().find(|lease| lease.node == node).unwrap();
+    let data = BackendData::from_text(&format!(r#"{{"PublicKey":"{key}","Port":51998}}"#)).unwrap();
+    let public_ip = lease.offers[0].endpoints.v4().unwrap().public_ip;
+    lease.offers[0].endpoints = Stack::V4(Endpoint { public_ip, data });
+    cluster.subnets.faults().inject(lease);
+    wait_until("the new place", PATIENCE, || async {
+        Ok(wg(cluster.netns(0), &device).2[&key].endpoint.ends_with(":51998"))
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_18_a_restart_over_a_thousand_peers_writes_nothing() {
+    if skipped("a thousand peers").await {
+        return;
+    }
+    let host = lone_host("thousand").await;
+    let subnets = MemorySubnets::assigned(network("10.64.0.0/10"));
+    subnets.assign(&name("me"), Stack::V4("10.127.255.0/24".parse().unwrap()));
+    for number in 0..1000_u16 {
+        let [high, low] = number.to_be_bytes();
+        let key = PrivateKey::generate().public_key();
+        let data = BackendData::from_text(&format!(r#"{{"PublicKey":"{key}","Port":51820}}"#)).unwrap();
+        subnets.faults().inject(Lease {
+            node: name(&format!("node-{number}")),
+            subnets: Stack::V4(format!("10.{}.{low}.0/24", 64 + high).parse().unwrap()),
+            offers: vec![Offer {
+                backend: KIND,
+                endpoints: Stack::V4(Endpoint { public_ip: [10, 241, high, low].into(), data }),
+            }],
+            precedence: Precedence { since: number.into(), identity: number.to_string() },
+        });
+    }
+    let key = PrivateKey::generate();
+    let mut seat = Seat::new(key.clone());
+    let node = |seat: &Seat| {
+        Node::builder("me", subnets.clone()).backend(seat.backend.clone()).network_namespace(namespace(host.netns()))
+    };
+    let running = spawn(node(&seat)).await;
+    running.until(connected(1000)).await;
+    let before = wg(host.netns(), &seat.device);
+    assert_eq!(before.2.len(), 1000);
+    assert!(running.overlay.reconcile().await.unwrap().is_clean());
+    let begun = std::time::Instant::now();
+    assert!(running.overlay.reconcile().await.unwrap().done.is_empty());
+    let took = begun.elapsed();
+    running.abort().await;
+    seat.again(key, |backend| backend);
+    let running = spawn(node(&seat)).await;
+    running.until(connected(1000)).await;
+    assert_eq!(running.steps(), 0);
+    assert_eq!(wg(host.netns(), &seat.device), before);
+    println!("a check of a node with 1000 WireGuard peers takes {took:?}");
+    assert!(running.overlay.shutdown(Shutdown::RemoveState).await.unwrap().is_clean());
+}
