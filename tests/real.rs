@@ -7,6 +7,7 @@ pub mod dual;
 pub mod etcd;
 pub mod eye;
 pub mod firewalld;
+pub mod flannel;
 pub mod monitor;
 pub mod nft;
 pub mod privilege;

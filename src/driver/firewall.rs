@@ -73,7 +73,7 @@ enum Firewall {
 
 /// The chosen firewall, and the other one as far as it holds something of ours.
 #[derive(Debug)]
-pub(crate) struct FirewallDriver {
+pub struct FirewallDriver {
     namespace: NetworkNamespace,
     /// `None`: the kernel has none.
     nftables: Option<NftablesDriver>,
@@ -95,7 +95,7 @@ impl FirewallDriver {
     ///
     /// Those of [`NftablesDriver::open`] and [`IptablesDriver::open`], of the firewall that is asked for; of automatic choice,
     /// if neither can be opened.
-    pub(crate) async fn open(namespace: &NetworkNamespace, choice: FirewallChoice) -> Result<Self, DriverError> {
+    pub async fn open(namespace: &NetworkNamespace, choice: FirewallChoice) -> Result<Self, DriverError> {
         let nftables = match NftablesDriver::open(namespace) {
             Err(DriverError::Unsupported { .. })
                 if matches!(choice, FirewallChoice::Iptables(_) | FirewallChoice::Automatic(_)) =>

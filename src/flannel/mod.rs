@@ -2,4 +2,5 @@
 //! without flannel has no place here.
 
 pub mod lease_attrs;
+pub mod subnet_env;
 pub mod subnet_key;

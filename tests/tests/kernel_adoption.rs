@@ -3,20 +3,17 @@
 
 use std::time::Duration;
 
-use std::net::IpAddr;
-
 use ipnetwork::IpNetwork;
-use netlink_packet_route::link::InfoVxlan;
 use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, Offer, Precedence};
 use podnet::status::{ConditionKind, ConditionState, PeerState, Phase, Status};
 use podnet::types::{Family, Stack};
-use podnet_lab::cluster::UNDERLAY_INTERFACE;
+use podnet_lab::Host;
 use podnet_lab::probe::{PingOptions, PingStream};
-use podnet_lab::{Host, Route};
+use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::{Cluster, DEVICE, assert_same, connected, lone_host, many, nft};
 use podnet_tests::{name, real, spawn};
-use rtnetlink::{LinkBridge, LinkVxlan};
+use rtnetlink::LinkBridge;
 
 /// The MAC that flannel drew on a node.
 fn flannels_mac(index: usize) -> [u8; 6] {
@@ -25,36 +22,6 @@ fn flannels_mac(index: usize) -> [u8; 6] {
 
 fn text(mac: [u8; 6]) -> String {
     mac.map(|b| format!("{b:02x}")).join(":")
-}
-
-/// The device as flannel makes it, with what may be changed.
-async fn flannels_device(host: &Host, mac: [u8; 6], local: [u8; 4], (vni, port): (u32, u16), mtu: u32) {
-    let lower = host.link(UNDERLAY_INTERFACE).await.unwrap().index;
-    let device = LinkVxlan::new(DEVICE, vni)
-        .dev(lower)
-        .local(local.into())
-        .port(port)
-        .ttl(0)
-        .tos(0)
-        .learning(false)
-        .proxy(false)
-        .rsc(false)
-        .l2miss(false)
-        .l3miss(false)
-        .append_info_data(InfoVxlan::UDPZeroCsumTX(false))
-        .append_info_data(InfoVxlan::UDPZeroCsumRX(false))
-        .address(mac.to_vec())
-        .mtu(mtu)
-        .txqueuelen(0)
-        .build();
-    host.handle().link().add(device).execute().await.unwrap();
-}
-
-/// What flannel does for a peer.
-async fn flannels_peer(host: &Host, subnet: IpNetwork, mac: [u8; 6], address: IpAddr) {
-    host.add_neighbour(DEVICE, subnet.network(), mac).await.unwrap();
-    host.add_fdb(DEVICE, mac, address).await.unwrap();
-    host.replace_route(&Route::via(subnet, subnet.network(), DEVICE).onlink()).await.unwrap();
 }
 
 /// A whole node as flannel leaves it, its nftables included, with peers.

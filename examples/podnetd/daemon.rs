@@ -1,0 +1,296 @@
+//! The daemon: the node's network from start to signal, with what is around it. Everything that may come late (the store, the lease, the
+//! underlay) is waited for, and meanwhile `/readyz` says for what.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use podnet::config::NetworkConfig;
+use podnet::status::{ConditionState, Status};
+use podnet::subnet::SubnetManager;
+use podnet::types::NodeName;
+use podnet::{Overlay, Shutdown};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Notify, watch};
+
+use crate::http::{Listener, serve};
+use crate::node::Keys;
+use crate::options::Options;
+use crate::subnet_file::{self, State, Writes};
+use crate::systemd::Systemd;
+use crate::term::{Overheard, Term};
+use crate::{Problem, client, node, store};
+
+/// How often the store is asked for the network, as flanneld does.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long one question to it may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a state other than ready lasts before the log speaks of it: a start passes through many.
+const SETTLE: Duration = Duration::from_millis(500);
+/// How long the engine may take to stop.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// What the pages and systemd are told.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) node: NodeName,
+    pub(crate) started: SystemTime,
+    pub(crate) term: Arc<Term>,
+    pub(crate) file: watch::Receiver<State>,
+    pub(crate) writes: Arc<Writes>,
+    overlay: OnceLock<Arc<dyn Overlay>>,
+    /// For what, while there is no overlay.
+    waiting: Mutex<String>,
+    /// There is one now.
+    begun: Notify,
+}
+
+impl Shared {
+    /// The overlay, once there is one.
+    pub(crate) fn overlay(&self) -> Option<&Arc<dyn Overlay>> {
+        self.overlay.get()
+    }
+
+    /// Why pods cannot talk, or CNI plugins cannot make any; `None` if they can.
+    pub(crate) fn not_ready(&self) -> Option<String> {
+        let Some(overlay) = self.overlay.get() else {
+            return Some(self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        };
+        let status = Arc::clone(&overlay.status().borrow());
+        if !status.is_ready() {
+            return Some(reason(&status));
+        }
+        match &*self.file.borrow() {
+            State::Written => None,
+            State::Waiting => Some("subnet.env is not written yet".to_owned()),
+            State::Failed(why) => Some(why.clone()),
+        }
+    }
+
+    /// One line about the overlay.
+    pub(crate) fn summary(&self) -> String {
+        self.overlay.get().map(|overlay| overlay.status().borrow().summary()).unwrap_or_default()
+    }
+
+    /// Waits until something changed that may make it ready.
+    pub(crate) async fn changed(&self) {
+        let mut file = self.file.clone();
+        file.mark_unchanged();
+        let Some(overlay) = self.overlay.get() else { return self.begun.notified().await };
+        let mut status = overlay.status();
+        status.mark_unchanged();
+        tokio::select! {
+            Ok(()) = status.changed() => {}
+            Ok(()) = file.changed() => {}
+            else => std::future::pending().await,
+        }
+    }
+
+    fn wait_for(&self, what: String) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if *waiting != what {
+            tracing::warn!("{what}");
+            *waiting = what;
+        }
+    }
+}
+
+/// Why an overlay is not ready, in one sentence: what failed comes before what only waits for it.
+pub(crate) fn reason(status: &Status) -> String {
+    let conditions = || status.conditions.iter().filter(|c| c.state != ConditionState::Met);
+    let failed = conditions().find(|c| c.state == ConditionState::Failed);
+    if let Some(condition) = failed.or_else(|| conditions().next()) {
+        return format!("{:?}: {}", condition.kind, condition.message);
+    }
+    match status.families.iter().find(|f| f.state != ConditionState::Met) {
+        Some(family) => format!("{}: {}", family.family, family.message),
+        None => format!("{:?}", status.phase).to_lowercase(),
+    }
+}
+
+/// SIGINT and SIGTERM.
+struct Signals(Signal, Signal);
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.0.recv() => {}
+            _ = self.1.recv() => {}
+        }
+    }
+}
+
+/// Runs until a signal. The network stays up.
+pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
+    let mut signals = Signals(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let name = node::name(&options)?;
+    let store = store::open(&options.store)?;
+    let (file_state, file) = watch::channel(State::Waiting);
+    let shared = Arc::new(Shared {
+        node: name,
+        started: SystemTime::now(),
+        term: Arc::default(),
+        file,
+        writes: Arc::default(),
+        overlay: OnceLock::new(),
+        waiting: Mutex::new("the network's configuration is not read yet".to_owned()),
+        begun: Notify::new(),
+    });
+    let served = Served::listen(&options, &shared).await?;
+    let systemd = Arc::new(Systemd::from_environment());
+    let telling = tokio::spawn({
+        let (systemd, shared) = (Arc::clone(&systemd), Arc::clone(&shared));
+        async move { systemd.keep_told(&shared).await }
+    });
+
+    let network = tokio::select! {
+        network = network(&*store, &shared) => Some(network),
+        () = signals.next() => None,
+    };
+    let outcome = match network {
+        Some(network) => keep_network(&options, store, &network, &shared, file_state, &mut signals).await,
+        None => Ok(()),
+    };
+    telling.abort();
+    systemd.stopping();
+    served.end();
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// The network's configuration, however long the store takes.
+async fn network(store: &dyn SubnetManager, shared: &Shared) -> NetworkConfig {
+    loop {
+        let reason = match tokio::time::timeout(PATIENCE, store.network()).await {
+            Ok(Ok(network)) => return network,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("the store did not answer within {} s", PATIENCE.as_secs()),
+        };
+        shared.wait_for(format!("the network's configuration cannot be read: {reason}; it is tried every second"));
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn keep_network(
+    options: &Options,
+    store: Arc<dyn SubnetManager>,
+    network: &NetworkConfig,
+    shared: &Arc<Shared>,
+    file_state: watch::Sender<State>,
+    signals: &mut Signals,
+) -> Result<(), Problem> {
+    let store = Overheard { store, term: Arc::clone(&shared.term) };
+    let firewall = node::firewall(options, network)?;
+    let builder =
+        node::builder(options, &shared.node, store, firewall).backend(node::backend(options, network, Keys::Kept)?);
+    let (overlay, runner) = builder.build()?.start().await?;
+    let mut runner = tokio::spawn(runner);
+    let logging = tokio::spawn(log_changes(overlay.status()));
+    let (path, writes) = (options.subnet_file.clone(), Arc::clone(&shared.writes));
+    let keeping = tokio::spawn(subnet_file::keep(path, options.ip_masq, overlay.status(), file_state, writes));
+    let _ = shared.overlay.set(Arc::clone(&overlay));
+    shared.begun.notify_waiters();
+
+    let outcome = tokio::select! {
+        ended = &mut runner => Err(format!("the overlay ended by itself: {ended:?}").into()),
+        () = signals.next() => {
+            tracing::info!("a signal: podnetd ends, and the network stays up");
+            // Nothing is left to do in the kernel: an engine that hangs is as good as one that stopped.
+            let _ = tokio::time::timeout(FAREWELL, overlay.shutdown(Shutdown::Keep)).await;
+            Ok(())
+        }
+    };
+    keeping.abort();
+    logging.abort();
+    outcome
+}
+
+/// One line whenever what an operator would ask about changes: readiness at once, anything else when it has lasted a moment.
+async fn log_changes(mut status: watch::Receiver<Arc<Status>>) {
+    let mut said = String::new();
+    loop {
+        let (ready, now) = {
+            let status = status.borrow_and_update();
+            let (ready, p) = (status.is_ready(), &status.peers);
+            let state = if ready { "ready".to_owned() } else { format!("not ready: {}", reason(&status)) };
+            (ready, format!("{state}; {} of {} peers connected", p.connected, p.total))
+        };
+        if now != said {
+            if !ready {
+                match tokio::time::timeout(SETTLE, status.changed()).await {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(_)) => return,
+                    Err(_) => {}
+                }
+            }
+            tracing::info!("{now}");
+            said = now;
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What is listened on.
+#[derive(Debug, Default)]
+struct Served {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    /// The socket that is ours to take away.
+    socket: Option<PathBuf>,
+}
+
+impl Served {
+    /// Listens where the flags say. A port that cannot be had is an error; the socket is not, since a host may have `/run` read-only.
+    async fn listen(options: &Options, shared: &Arc<Shared>) -> Result<Served, Problem> {
+        let mut served = Served::default();
+        if let Some(address) = options.healthz {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.map_err(|e| format!("listen on {address} (-healthz-port): {e}"))?;
+            served.tasks.push(tokio::spawn(serve(Listener::Tcp(listener), Arc::clone(shared))));
+        }
+        let Some(path) = &options.socket else { return Ok(served) };
+        if client::answers(path).await {
+            let advice = "stop it, or give this one another -socket";
+            return Err(format!("another podnetd answers at {}: {advice}", path.display()).into());
+        }
+        match unix_socket(path) {
+            Ok(listener) => {
+                served.tasks.push(tokio::spawn(serve(Listener::Unix(listener), Arc::clone(shared))));
+                served.socket = Some(path.clone());
+            }
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "no socket: -show can ask at -healthz-port alone");
+            }
+        }
+        Ok(served)
+    }
+
+    fn end(self) {
+        for task in self.tasks {
+            task.abort();
+        }
+        if let Some(path) = self.socket {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// A socket for root alone, in place of what a killed run left.
+fn unix_socket(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::FileTypeExt as _;
+
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        fs::create_dir_all(folder)?;
+    }
+    if fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}

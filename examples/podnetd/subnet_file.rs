@@ -1,0 +1,242 @@
+//! Keeps `subnet.env` as it should be: written once this node is in the kernel, rewritten when the subnet or the MTU changes, and whenever
+//! the file is lost or says something else. It is replaced whole, so that nobody ever reads half of it, and never taken away: pods go on
+//! living when the daemon stops.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use podnet::flannel::subnet_env::SubnetEnv;
+use podnet::status::{Phase, Status};
+use tokio::sync::watch;
+
+/// How often the file is looked at without being told.
+const PERIOD: Duration = Duration::from_secs(1);
+/// What CNI plugins of any user may do.
+const MODE: u32 = 0o644;
+const FOLDER_MODE: u32 = 0o755;
+
+/// How the file is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum State {
+    /// What it should say is not known yet.
+    Waiting,
+    /// It says what it should.
+    Written,
+    /// It could not be written.
+    Failed(String),
+}
+
+/// How often it was written, and how often that failed.
+#[derive(Debug, Default)]
+pub(crate) struct Writes {
+    pub(crate) done: AtomicU64,
+    pub(crate) failed: AtomicU64,
+}
+
+/// What the file should say, as far as this node knows itself.
+pub(crate) fn text(status: &Status, ip_masq: bool) -> Option<String> {
+    let ((networks, subnets), mtu) = status.networks.zip(status.subnets).zip(status.pod_mtu)?;
+    SubnetEnv::new(networks, subnets, mtu, ip_masq).map(|said| said.to_string())
+}
+
+/// Keeps the file until the overlay ends. Dropping it leaves the file as it is, or as it should be.
+pub(crate) async fn keep(
+    path: PathBuf,
+    ip_masq: bool,
+    mut status: watch::Receiver<Arc<Status>>,
+    state: watch::Sender<State>,
+    writes: Arc<Writes>,
+) {
+    let mut said: Option<String> = None;
+    loop {
+        // Who loses its lease for a while has pods that still run with what was said before.
+        let news = {
+            let status = status.borrow_and_update();
+            // Pods that are made before this node is in the kernel would find no network.
+            text(&status, ip_masq).filter(|_| status.phase == Phase::Running)
+        };
+        let changed = news.is_some() && news != said;
+        said = news.or(said);
+        if let Some(text) = &said {
+            look_after(&path, text, changed, &state, &writes).await;
+        }
+        tokio::select! {
+            alive = status.changed() => if alive.is_err() { return },
+            () = tokio::time::sleep(PERIOD) => {}
+        }
+    }
+}
+
+async fn look_after(path: &Path, text: &str, changed: bool, state: &watch::Sender<State>, writes: &Writes) {
+    let (at, what) = (path.to_owned(), text.to_owned());
+    let done = tokio::task::spawn_blocking(move || ensure(&at, &what)).await;
+    let done = done.unwrap_or_else(|_| Err(io::Error::other("the task that writes it was stopped")));
+    let now = match done {
+        Ok(false) => State::Written,
+        Ok(true) => {
+            writes.done.fetch_add(1, Ordering::Relaxed);
+            if changed {
+                tracing::info!(path = %path.display(), says = text.replace('\n', " ").trim(), "wrote what CNI plugins read");
+            } else {
+                tracing::warn!(path = %path.display(), "what CNI plugins read was lost or said something else: written again");
+            }
+            State::Written
+        }
+        Err(error) => {
+            writes.failed.fetch_add(1, Ordering::Relaxed);
+            State::Failed(format!("write {}: {error}; it is tried every {} s", path.display(), PERIOD.as_secs()))
+        }
+    };
+    let before = state.send_replace(now.clone());
+    match now {
+        State::Failed(why) if before != State::Failed(why.clone()) => tracing::warn!("{why}"),
+        _ => {}
+    }
+}
+
+/// Makes the file say this, if it does not; whether it had to be written. Blocks.
+pub(crate) fn ensure(path: &Path, text: &str) -> io::Result<bool> {
+    if says(path, text) {
+        return Ok(false);
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.exists() {
+        DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder)?;
+        // Whatever the umask says.
+        fs::set_permissions(folder, Permissions::from_mode(FOLDER_MODE))?;
+    }
+    let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
+    let mut beside = OsString::from(".");
+    beside.push(name);
+    beside.push(".podnetd");
+    let beside = folder.join(beside);
+    let written = replace(path, &beside, text);
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    written?;
+    // So that the name survives a crash, too; a file system that cannot sync a folder has the file all the same.
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(true)
+}
+
+fn replace(path: &Path, beside: &Path, text: &str) -> io::Result<()> {
+    // What a killed run left; never followed if it is a link.
+    match fs::remove_file(beside) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside)?;
+    file.write_all(text.as_bytes())?;
+    file.set_permissions(Permissions::from_mode(MODE))?;
+    file.sync_all()?;
+    fs::rename(beside, path)
+}
+
+/// Whether the file is there and says this. Blocks.
+pub(crate) fn says(path: &Path, text: &str) -> bool {
+    let right = |meta: &fs::Metadata| {
+        meta.is_file() && meta.permissions().mode() & 0o777 == MODE && meta.len() == text.len() as u64
+    };
+    if !fs::symlink_metadata(path).is_ok_and(|meta| right(&meta)) {
+        return false;
+    }
+    let mut there = Vec::new();
+    let longest = text.len() as u64 + 1;
+    File::open(path).and_then(|file| file.take(longest).read_to_end(&mut there)).is_ok() && there == text.as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str =
+        "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+
+    fn names(folder: &Path) -> Vec<OsString> {
+        let mut names: Vec<OsString> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn it_is_written_once_with_flannels_modes_and_nothing_is_left_beside_it() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("flannel/subnet.env");
+        assert!(ensure(&path, TEXT).unwrap());
+        assert_eq!(fs::read_to_string(&path).unwrap(), TEXT);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o644, 0o755));
+        assert_eq!(names(path.parent().unwrap()), ["subnet.env"]);
+        assert!(!ensure(&path, TEXT).unwrap(), "it is not written again");
+    }
+
+    #[test]
+    fn fault_39_whatever_was_done_to_it_is_repaired() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("subnet.env");
+        let elsewhere = top.path().join("elsewhere");
+        let damages: [(&str, &dyn Fn()); 7] = [
+            ("deleted", &|| fs::remove_file(&path).unwrap()),
+            ("truncated", &|| fs::write(&path, &TEXT[..40]).unwrap()),
+            ("emptied", &|| fs::write(&path, "").unwrap()),
+            ("altered, of the same length", &|| fs::write(&path, TEXT.replace("1450", "1400")).unwrap()),
+            ("longer", &|| fs::write(&path, format!("{TEXT}FLANNEL_MTU=9000\n")).unwrap()),
+            ("unreadable for others", &|| fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap()),
+            ("a link to a file that says the same", &|| {
+                fs::rename(&path, &elsewhere).unwrap();
+                std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+            }),
+        ];
+        ensure(&path, TEXT).unwrap();
+        for (damage, harm) in damages {
+            harm();
+            assert!(ensure(&path, TEXT).unwrap(), "{damage}");
+            assert!(says(&path, TEXT), "{damage}");
+        }
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), TEXT, "what a link led to is not touched");
+    }
+
+    #[test]
+    fn where_it_cannot_be_replaced_the_old_one_stays_whole() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("subnet.env");
+        fs::create_dir_all(path.join("in the way")).unwrap();
+        assert!(ensure(&path, TEXT).is_err());
+        assert!(path.join("in the way").is_dir());
+        assert_eq!(names(top.path()), ["subnet.env"], "and nothing is left beside it");
+    }
+
+    #[test]
+    fn what_a_killed_run_left_beside_it_is_replaced_and_not_followed() {
+        let top = tempfile::tempdir().unwrap();
+        let (path, victim) = (top.path().join("subnet.env"), top.path().join("victim"));
+        fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, top.path().join(".subnet.env.podnetd")).unwrap();
+        assert!(ensure(&path, TEXT).unwrap());
+        assert_eq!((fs::read_to_string(&victim).unwrap().as_str(), says(&path, TEXT)), ("precious", true));
+    }
+
+    #[test]
+    fn whoever_reads_while_it_is_replaced_reads_one_of_both_and_never_half() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("subnet.env");
+        let texts = [TEXT.to_owned(), TEXT.replace("1450", "1410").replace("true", "false")];
+        ensure(&path, &texts[0]).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| (0..400).for_each(|i| assert!(ensure(&path, &texts[i % 2]).is_ok())));
+            let mut reads = 0;
+            while !writer.is_finished() || reads == 0 {
+                let seen = fs::read_to_string(&path).unwrap();
+                assert!(texts.contains(&seen), "{seen}");
+                reads += 1;
+            }
+        });
+    }
+}

@@ -1,0 +1,744 @@
+//! podnetd as a process of its own in real network namespaces: subnet.env, the probes, restarts, `-plan`, `-show`, `-remove`, and whatever
+//! may happen to its files (fault 39).
+//!
+//! Without libtest: the daemon is this same program, started anew with `--as-podnetd`, so that whoever can run the test can run it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::future::Future;
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use ipnetwork::IpNetwork;
+use podnet_lab::probe::{PingOptions, ping};
+use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
+use podnet_tests::real::etcd;
+use podnet_tests::real::eye::Eye;
+use podnet_tests::real::flannel::{flannels_device, flannels_peer};
+use podnet_tests::real::{DEVICE, assert_same};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// What is waited for before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(60);
+const AS_PODNETD: &str = "--as-podnetd";
+
+type Test = fn() -> Pin<Box<dyn Future<Output = ()>>>;
+
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        const TESTS: &[(&str, Test)] = &[$((stringify!($name), || Box::pin($name()))),*];
+    };
+}
+
+tests! {
+    subnet_env_and_the_probes_say_the_truth_in_both_families,
+    a_node_without_a_subnet_is_alive_and_not_ready_until_it_has_one,
+    killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
+    fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
+    a_plan_touches_nothing_and_says_what_the_daemon_then_does,
+    a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
+    leases_in_etcd_are_taken_planned_with_and_given_back,
+    remove_leaves_nothing_with_the_store_and_without_it,
+    wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
+    systemd_is_told,
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    if arguments.peek().is_some_and(|first| first == AS_PODNETD) {
+        return podnetd::run(arguments.skip(1));
+    }
+    podnet_lab::enter_user_namespace_if_needed().unwrap();
+    let only = arguments.map(|a| a.to_string_lossy().into_owned()).find(|a| !a.starts_with('-'));
+    for (name, test) in TESTS.iter().filter(|(name, _)| only.as_ref().is_none_or(|only| name.contains(only))) {
+        println!("test {name} ...");
+        let started = Instant::now();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(test());
+        println!("test {name} ... ok ({:.1} s)", started.elapsed().as_secs_f64());
+    }
+    ExitCode::SUCCESS
+}
+
+/// Nodes and pods, one file of leases for all, and a folder for what each daemon writes.
+struct Stage {
+    lab: Lab,
+    folder: TempDir,
+}
+
+impl Stage {
+    async fn of(nodes: usize, networks: podnet_lab::Networks) -> Stage {
+        let spec = LabSpec { nodes, pods_per_node: 1, networks, ..LabSpec::default() };
+        let mut lab = Lab::build(spec).await.expect("a lab: run the tests as root or under `unshare -Urn`");
+        lab.attach_pods(1390).await.unwrap();
+        let stage = Stage { lab, folder: tempfile::tempdir().unwrap() };
+        stage.list(nodes);
+        stage
+    }
+
+    async fn v4(nodes: usize) -> Stage {
+        Stage::of(nodes, LabSpec::usual_networks(Stack::V4(()))).await
+    }
+
+    /// Writes the file of leases, with the first nodes in it.
+    fn list(&self, nodes: usize) {
+        let spec = self.lab.spec();
+        let network = match &spec.networks {
+            Stack::Dual(v4, v6) => {
+                format!(r#""EnableIPv6": true, "Network": "{v4}", "IPv6Network": "{v6}""#)
+            }
+            Stack::V4(v4) => format!(r#""Network": "{v4}""#),
+            Stack::V6(_) => unreachable!("no test has IPv6 alone"),
+        };
+        let node = |index: usize| {
+            let subnets = spec.subnets(index);
+            let v6 = subnets.v6().map(|v6| format!(r#", "ipv6Subnet": "{v6}""#)).unwrap_or_default();
+            format!(r#""{}": {{"subnet": "{}"{v6}}}"#, self.name(index), subnets.v4().unwrap())
+        };
+        let nodes: Vec<String> = (0..nodes).map(node).collect();
+        let text = format!(
+            r#"{{"network": {{{network}, "Backend": {{"Type": "vxlan"}}}}, "nodes": {{{}}}}}"#,
+            nodes.join(", ")
+        );
+        fs::write(self.leases(), text).unwrap();
+    }
+
+    fn leases(&self) -> PathBuf {
+        self.folder.path().join("cluster.json")
+    }
+
+    fn name(&self, index: usize) -> &str {
+        self.lab.nodes()[index].name()
+    }
+
+    fn netns(&self, index: usize) -> &Netns {
+        self.lab.nodes()[index].netns()
+    }
+
+    fn eye(&self, index: usize) -> Eye {
+        Eye::on(self.netns(index))
+    }
+
+    fn socket(&self, index: usize) -> PathBuf {
+        self.folder.path().join(format!("{index}.sock"))
+    }
+
+    fn subnet_file(&self, index: usize) -> PathBuf {
+        self.folder.path().join(format!("run-{index}/subnet.env"))
+    }
+
+    /// What every run on a node is told.
+    fn flags(&self, index: usize) -> Vec<OsString> {
+        [
+            format!("--subnets=file={}", self.leases().display()),
+            format!("-node-name={}", self.name(index)),
+            format!("--socket={}", self.socket(index).display()),
+            format!("--subnet-file={}", self.subnet_file(index).display()),
+            "--firewall=nftables".to_owned(),
+            "--ip-masq".to_owned(),
+        ]
+        .map(OsString::from)
+        .to_vec()
+    }
+
+    fn command(&self, index: usize, more: &[&str]) -> Command {
+        let mut command = podnetd();
+        command.args(self.flags(index)).args(more);
+        command
+    }
+
+    /// Runs it to its end.
+    fn run(&self, index: usize, more: &[&str]) -> Output {
+        let mut command = self.command(index, more);
+        self.netns(index).run(|| command.output()).unwrap().unwrap()
+    }
+
+    fn start(&self, index: usize) -> Daemon {
+        self.start_with(index, self.command(index, &[]))
+    }
+
+    fn start_with(&self, index: usize, mut command: Command) -> Daemon {
+        let log = fs::File::create(self.folder.path().join(format!("{index}.log"))).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = self.netns(index).run(|| command.spawn()).unwrap().unwrap();
+        Daemon { child, socket: self.socket(index), log: self.folder.path().join(format!("{index}.log")) }
+    }
+
+    async fn assert_pods_talk(&self) {
+        for from in self.lab.pods() {
+            for to in self.lab.pods().filter(|to| to.name() != from.name()) {
+                let report = ping(from.netns(), to.ip(), PingOptions { count: 3, ..PingOptions::default() }).await;
+                assert!(report.unwrap().all_answered(), "{} to {}", from.name(), to.name());
+            }
+        }
+    }
+}
+
+fn podnetd() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(AS_PODNETD).env_remove("NOTIFY_SOCKET");
+    command
+}
+
+/// A daemon that runs; killed with this.
+struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Daemon {
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The code and the body of a page; `None` while nobody answers.
+    fn get(&self, page: &str) -> Option<(u16, String)> {
+        let mut stream = UnixStream::connect(&self.socket).ok()?;
+        write!(stream, "GET {page} HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    }
+
+    /// Waits for a page that is as it should be.
+    fn until(&self, page: &str, holds: impl Fn(u16, &str) -> bool) -> String {
+        let mut last = None;
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            last = self.get(page);
+            if let Some((code, body)) = &last
+                && holds(*code, body)
+            {
+                return body.clone();
+            }
+            pause();
+        }
+        panic!("{page} says {last:?}; the log:\n{}", self.log());
+    }
+
+    fn until_ready(&self) {
+        self.until("/readyz", |code, _| code == 200);
+    }
+
+    /// Waits until this many peers are connected.
+    fn until_connected(&self, peers: u64) {
+        self.until("/status", |code, body| {
+            code == 200 && serde_json::from_str::<serde_json::Value>(body).unwrap()["peers"]["connected"] == peers
+        });
+    }
+
+    /// Does something while the daemon stands still.
+    fn held(&self, work: impl FnOnce()) {
+        kill_process(self.pid(), Signal::STOP).unwrap();
+        work();
+        kill_process(self.pid(), Signal::CONT).unwrap();
+    }
+
+    /// SIGTERM, and the exit code.
+    fn stop(mut self) -> Option<i32> {
+        kill_process(self.pid(), Signal::TERM).unwrap();
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(begun.elapsed() < PATIENCE, "it does not stop; the log:\n{}", self.log());
+            pause();
+        }
+    }
+
+    /// SIGKILL.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// Between two looks.
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
+
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "not within a minute: {what}");
+        pause();
+    }
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+async fn subnet_env_and_the_probes_say_the_truth_in_both_families() {
+    let stage = Stage::of(2, LabSpec::usual_networks(Stack::Dual((), ()))).await;
+    let daemons = [stage.start(0), stage.start(1)];
+    for daemon in &daemons {
+        daemon.until_ready();
+        daemon.until_connected(1);
+    }
+    for index in 0..2 {
+        let expected = format!(
+            "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.{index}.1/24\n\
+             FLANNEL_IPV6_NETWORK=2001:db8:42::/56\nFLANNEL_IPV6_SUBNET={}/64\n\
+             FLANNEL_MTU=1390\nFLANNEL_IPMASQ=true\n",
+            ["2001:db8:42::1", "2001:db8:42:1::1"][index],
+        );
+        let file = stage.subnet_file(index);
+        assert_eq!(fs::read_to_string(&file).unwrap(), expected);
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o644);
+        assert_eq!(fs::metadata(file.parent().unwrap()).unwrap().permissions().mode() & 0o7777, 0o755);
+    }
+    stage.assert_pods_talk().await;
+    assert!(stage.eye(0).settled().has(&["10.42.1.0/24", "flannel.1"]));
+
+    let daemon = &daemons[0];
+    assert_eq!(daemon.get("/healthz"), Some((200, "podnetd is running\n".to_owned())));
+    assert_eq!(daemon.get("/nothing").map(|(code, _)| code), Some(404));
+    let socket = fs::metadata(stage.socket(0)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(socket, 0o600, "for root alone");
+    let (code, metrics) = daemon.get("/metrics").unwrap();
+    assert_eq!(code, 200);
+    let samples = parse_metrics(&metrics);
+    for (name, value) in [
+        ("podnet_ready", 1.0),
+        ("podnet_pod_mtu_bytes", 1390.0),
+        ("podnet_peers{family=\"ipv4\",state=\"connected\"}", 1.0),
+        ("podnet_peers{family=\"ipv6\",state=\"connected\"}", 1.0),
+        ("podnet_peers{family=\"ipv6\",state=\"failing\"}", 0.0),
+        ("podnet_conflicts", 0.0),
+        ("podnet_subnet_file_written", 1.0),
+        ("podnet_subnet_file_writes_total{result=\"done\"}", 1.0),
+        ("podnet_steps_total{result=\"failed\"}", 0.0),
+    ] {
+        let found = samples.iter().find(|(n, _)| n == name).map(|(_, v)| *v);
+        assert_eq!(found, Some(value), "{name} in\n{metrics}");
+    }
+
+    let shown = stage.run(0, &["-show"]);
+    assert_eq!(shown.status.code(), Some(0), "{}", said(&shown));
+    let table = String::from_utf8(shown.stdout).unwrap();
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    let peer = stage.lab.nodes()[1].ip().to_string();
+    let expected = [stage.name(1), "IPv4", "10.42.1.0/24", "connected", "by", "vxlan", "to", &peer];
+    assert!(rows.iter().any(|row| row[..] == expected), "{table}");
+    assert!(!table.contains('\u{1b}'), "no colours into a pipe");
+    let shown = stage.run(0, &["--show", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!((&json["status"]["node"], json["peers"].as_array().unwrap().len()), (&stage.name(0).into(), 2));
+
+    let before = stage.eye(0).settled();
+    let planned = stage.run(0, &["-plan"]);
+    assert_eq!(said(&planned), "Nothing to change.\n", "beside the running daemon");
+    assert_same(&before, &stage.eye(0).settled());
+}
+
+/// Every line is a comment or a sample whose family was announced; the samples.
+fn parse_metrics(text: &str) -> Vec<(String, f64)> {
+    let mut family = "";
+    let mut samples = Vec::new();
+    for line in text.lines() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["#", "HELP", name, ..] => family = name,
+            ["#", "TYPE", name, "gauge" | "counter"] => assert_eq!(name, family),
+            [.., value] => {
+                let name = line.strip_suffix(value).unwrap().trim_end();
+                assert!(name == family || name.strip_prefix(family).is_some_and(|l| l.starts_with('{')), "{line}");
+                samples.push((name.to_owned(), value.parse().unwrap()));
+            }
+            [] => panic!("an empty line"),
+        }
+    }
+    samples
+}
+
+async fn a_node_without_a_subnet_is_alive_and_not_ready_until_it_has_one() {
+    let stage = Stage::v4(2).await;
+    fs::rename(stage.leases(), stage.folder.path().join("aside")).unwrap();
+    let port = "--healthz-port=8471";
+    let daemon = stage.start_with(1, stage.command(1, &[port, "--healthz-ip=127.0.0.1"]));
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("configuration cannot be read"));
+    assert_eq!(daemon.get("/healthz").map(|(code, _)| code), Some(200));
+    stage.list(1);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("has no subnet yet"));
+    assert!(!stage.subnet_file(1).exists(), "nothing is promised to CNI plugins");
+    stage.list(2);
+    daemon.until_ready();
+    assert!(fs::read_to_string(stage.subnet_file(1)).unwrap().contains("FLANNEL_SUBNET=10.42.1.1/24\n"));
+    let over_tcp = stage.run(1, &["--show", "--socket=", port]);
+    assert_eq!(over_tcp.status.code(), Some(0), "{}", said(&over_tcp));
+}
+
+async fn killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing() {
+    let stage = Stage::v4(2).await;
+    let other = stage.start(1);
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    daemon.until_connected(1);
+    other.until_connected(1);
+    let eye = stage.eye(0);
+    let before = eye.settled();
+
+    daemon.kill();
+    stage.assert_pods_talk().await;
+    assert_same(&before, &eye.settled());
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    daemon.until_connected(1);
+    assert_same(&before, &eye.settled());
+    let steps = parse_metrics(&daemon.get("/metrics").unwrap().1);
+    let steps = steps.iter().find(|(name, _)| name == "podnet_steps_total{result=\"done\"}").unwrap().1;
+    assert_eq!(steps, 0.0, "nothing had to be changed");
+
+    let file = stage.subnet_file(0);
+    let written = fs::metadata(&file).unwrap().modified().unwrap();
+    assert_eq!(daemon.stop(), Some(0));
+    stage.assert_pods_talk().await;
+    assert_same(&before, &eye.settled());
+    assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "subnet.env stays, as it was");
+    assert!(!stage.socket(0).exists());
+}
+
+async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
+    let stage = Stage::v4(1).await;
+    let folder = stage.subnet_file(0).parent().unwrap().to_owned();
+    fs::create_dir(&folder).unwrap();
+    // A file system of its own, with room for little, in a mount namespace of its own.
+    let mut command = stage.command(0, &[]);
+    let log = stage.folder.path().join("0.log");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
+    let child = stage.netns(0).run(|| {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        mount("tmpfs", &folder, "tmpfs", MountFlags::empty(), Some(c"size=16k,mode=755")).unwrap();
+        command.spawn()
+    });
+    let daemon = Daemon { child: child.unwrap().unwrap(), socket: stage.socket(0), log };
+    daemon.until_ready();
+    let inside = Path::new("/proc").join(daemon.child.id().to_string()).join("root");
+    let seen = |path: &Path| inside.join(path.strip_prefix("/").unwrap());
+    let (file, folder) = (seen(&stage.subnet_file(0)), seen(&folder));
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.ends_with("FLANNEL_IPMASQ=true\n"), "{text}");
+    let says = |wanted: &str| fs::read_to_string(&file).is_ok_and(|there| there == wanted);
+
+    fs::remove_file(&file).unwrap();
+    eventually("it is back after it was deleted", || says(&text));
+    fs::write(&file, &text[..30]).unwrap();
+    eventually("it is whole after it was truncated", || says(&text));
+    fs::write(&file, text.replace("1390", "9000").replace("1410", "9000")).unwrap();
+    eventually("it is right after somebody wrote something else", || says(&text));
+    daemon.until_ready();
+
+    // The disk is full.
+    let filler = folder.join("filler");
+    daemon.held(|| {
+        fs::remove_file(&file).unwrap();
+        let full = fs::write(&filler, vec![b'x'; 64 * 1024]).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    });
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("subnet.env") && body.contains("No space left"));
+    let names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["filler"], "no half of it");
+    fs::remove_file(&filler).unwrap();
+    daemon.until_ready();
+    assert!(says(&text));
+
+    // The folder is read-only.
+    let wrong = "FLANNEL_MTU=1\n";
+    daemon.held(|| {
+        fs::write(&file, wrong).unwrap();
+        remount(&daemon, &stage.subnet_file(0), true);
+    });
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("Read-only file system"));
+    assert!(says(wrong), "what cannot be replaced stays whole");
+    remount(&daemon, &stage.subnet_file(0), false);
+    daemon.until_ready();
+    assert!(says(&text));
+    let complaints = daemon.log().matches("No space left").count();
+    assert_eq!(complaints, 1, "it is said once:\n{}", daemon.log());
+}
+
+/// Makes the file system of the daemon's subnet.env read-only, or not.
+fn remount(daemon: &Daemon, file: &Path, read_only: bool) {
+    let mounts = fs::File::open(format!("/proc/{}/ns/mnt", daemon.child.id())).unwrap();
+    let folder = file.parent().unwrap().to_owned();
+    std::thread::spawn(move || {
+        use rustix::mount::{MountFlags, mount_remount};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
+        nix::sched::setns(mounts, nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+        // A file that is just being written keeps it busy for a moment.
+        let begun = Instant::now();
+        while let Err(error) = mount_remount(&folder, flags, c"size=16k") {
+            assert!(error == rustix::io::Errno::BUSY && begun.elapsed() < PATIENCE, "{error}");
+            pause();
+        }
+    })
+    .join()
+    .unwrap();
+}
+
+async fn a_plan_touches_nothing_and_says_what_the_daemon_then_does() {
+    let stage = Stage::v4(2).await;
+    let other = stage.start(1);
+    other.until_ready();
+    let (eye, leases) = (stage.eye(0), || fs::read(stage.leases()).unwrap());
+    let (before, told) = (eye.settled(), leases());
+    let planned = stage.run(0, &["--plan"]);
+    assert_eq!(planned.status.code(), Some(0), "{}", said(&planned));
+    assert_same(&before, &eye.settled());
+    assert_eq!(leases(), told, "nor the store");
+    assert!(!stage.subnet_file(0).exists() && !stage.socket(0).exists());
+    let plan = said(&planned);
+    for part in [
+        "create link flannel.1",
+        "create route 10.42.1.0/24 via 10.42.1.0 dev flannel.1 onlink",
+        "FLANNEL_SUBNET=10.42.0.1/24",
+        "Nothing was changed.",
+    ] {
+        assert!(plan.contains(part), "{part} in\n{plan}");
+    }
+    let planned = stage.run(0, &["--plan", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&planned.stdout).unwrap();
+    let units = json["plan"]["units"].as_array().unwrap();
+    assert!(units.len() > 2 && json["subnet_file"].is_string(), "{json}");
+
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    daemon.until_connected(1);
+    assert!(eye.settled().has(&["10.42.1.0/24", "flannel.1"]));
+    // What is broken while no daemon runs is what a plan shows.
+    assert_eq!(daemon.stop(), Some(0));
+    stage.lab.nodes()[0].host().delete_link("flannel.1").await.unwrap();
+    let plan = said(&stage.run(0, &["--plan"]));
+    assert!(plan.contains("create link flannel.1") && !plan.contains("subnet.env"), "{plan}");
+}
+
+async fn a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env() {
+    let stage = Stage::v4(2).await;
+    let other = stage.start(1);
+    other.until_ready();
+    // flannel's work on the node, with the file that its CNI plugin read.
+    let (node, peer) = (&stage.lab.nodes()[0], &stage.lab.nodes()[1]);
+    let (mac, host) = ([0x6e, 0x11, 0x22, 0x33, 0x44, 0], node.host());
+    flannels_device(host, mac, node.addresses().v4().unwrap().octets(), (1, 8472), 1410).await;
+    let subnet = |index| stage.lab.spec().subnet(index, Family::V4).unwrap();
+    host.add_address(DEVICE, IpNetwork::from(subnet(0).network())).await.unwrap();
+    host.set_up(DEVICE).await.unwrap();
+    flannels_peer(host, subnet(1), stage.eye(1).settled().mac(DEVICE), peer.ip()).await;
+    let text = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.0.1/24\nFLANNEL_MTU=1410\nFLANNEL_IPMASQ=true\n";
+    let file = stage.subnet_file(0);
+    fs::create_dir(file.parent().unwrap()).unwrap();
+    fs::write(&file, text).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    let (written, device) = (fs::metadata(&file).unwrap().modified().unwrap(), host.link(DEVICE).await.unwrap().index);
+
+    let plan = said(&stage.run(0, &["-plan"]));
+    assert!(plan.contains("10.42.1.0/24 via 10.42.1.0") && plan.contains("Nothing was changed."), "{plan}");
+    for never in ["delete link", "remake link", "create link", "subnet.env"] {
+        assert!(!plan.contains(never), "{never} in\n{plan}");
+    }
+
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    daemon.until_connected(1);
+    other.until_connected(1);
+    stage.assert_pods_talk().await;
+    assert_eq!(host.link(DEVICE).await.unwrap().index, device, "the device stayed");
+    assert_eq!(stage.eye(0).settled().mac(DEVICE), mac);
+    assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "what is right is not written again");
+}
+
+/// Carries connections from a lab's namespace to a port of the namespace in which the test runs.
+async fn carry(from: &Netns, at: SocketAddr, to: SocketAddr) {
+    let listener = from.tcp_listener(at).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                if let Ok(mut server) = tokio::net::TcpStream::connect(to).await {
+                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                }
+            });
+        }
+    });
+}
+
+async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
+    if etcd::missing("leases_in_etcd_are_taken_planned_with_and_given_back") {
+        return;
+    }
+    let stage = Stage::v4(2).await;
+    let members = etcd::Etcd::single().await;
+    let mut keys = members.eye().await;
+    let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.0.0", "Backend": {"Type": "vxlan"}}"#;
+    keys.put("/coreos.com/network/config", config, None).await;
+    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+    carry(stage.lab.outside().netns(), at, members.address(0)).await;
+    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let flags = ["--subnets=etcd", &endpoint, "--timeout=10"];
+    let run = |index, mode: &[&str]| stage.run(index, &[&flags[..], mode].concat());
+    let subnets = "/coreos.com/network/subnets";
+
+    let (eye, early) = (stage.eye(0), run(0, &["--plan", "--timeout=3"]));
+    let before = eye.settled();
+    assert_eq!(early.status.code(), Some(1));
+    assert!(said(&early).contains("a dry run takes none"), "{}", said(&early));
+    assert!(keys.list(subnets).await.is_empty(), "a plan takes no lease");
+
+    // Each asks for the subnet that it had.
+    let texts = [0, 1].map(|index| {
+        let text = format!(
+            "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.{index}.1/24\nFLANNEL_MTU=1410\nFLANNEL_IPMASQ=true\n"
+        );
+        fs::create_dir(stage.subnet_file(index).parent().unwrap()).unwrap();
+        fs::write(stage.subnet_file(index), &text).unwrap();
+        text
+    });
+    let daemons = [0, 1].map(|index| stage.start_with(index, stage.command(index, &flags)));
+    for (index, daemon) in daemons.iter().enumerate() {
+        daemon.until_ready();
+        daemon.until_connected(1);
+        assert_eq!(fs::read_to_string(stage.subnet_file(index)).unwrap(), texts[index]);
+    }
+    stage.assert_pods_talk().await;
+    let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
+    assert_eq!(held, [0, 1].map(|index| format!("{subnets}/10.42.{index}.0-24")));
+    let metrics = parse_metrics(&daemons[0].get("/metrics").unwrap().1);
+    let left = metrics.iter().find(|(name, _)| name == "podnet_lease_left_seconds").map(|(_, left)| *left);
+    assert!(left.is_some_and(|left| (86_000.0..=86_400.0).contains(&left)), "{left:?}");
+    assert_eq!(said(&run(0, &["--plan"])), "Nothing to change.\n");
+
+    let [daemon, _other] = daemons;
+    assert_eq!(daemon.stop(), Some(0));
+    assert_eq!(keys.list(subnets).await.len(), 2, "a stop gives nothing back");
+    let left = run(0, &["--remove", "--leave"]);
+    assert_eq!(left.status.code(), Some(0), "{}", said(&left));
+    let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
+    assert_eq!(held, [format!("{subnets}/10.42.1.0-24")]);
+    assert_same(&before, &eye.settled());
+}
+
+async fn remove_leaves_nothing_with_the_store_and_without_it() {
+    let stage = Stage::v4(1).await;
+    let eye = stage.eye(0);
+    let before = eye.settled();
+    for store_is_there in [true, false] {
+        let daemon = stage.start(0);
+        daemon.until_ready();
+        let refused = stage.run(0, &["--remove"]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(
+            said(&refused).contains("another podnet overlay works in this network namespace"),
+            "{}",
+            said(&refused)
+        );
+        assert_eq!(daemon.stop(), Some(0));
+        assert!(eye.settled().has(&["flannel.1"]));
+        if !store_is_there {
+            fs::remove_file(stage.leases()).unwrap();
+        }
+        let removed = stage.run(0, &["--remove"]);
+        assert_eq!(removed.status.code(), Some(0), "{}", said(&removed));
+        assert!(said(&removed).contains("delete link flannel.1"), "{}", said(&removed));
+        assert_same(&before, &eye.settled());
+        assert!(!stage.subnet_file(0).exists());
+    }
+    let lost = stage.run(0, &["--remove"]);
+    assert_eq!(lost.status.code(), Some(1), "{}", said(&lost));
+    assert!(said(&lost).contains("bring one of both back"), "{}", said(&lost));
+    stage.list(1);
+    for flags in [&["--remove"][..], &["--remove", "--leave"]] {
+        let nothing = stage.run(0, flags);
+        assert_eq!(said(&nothing), "Nothing of podnet is in the kernel.\n", "{flags:?}");
+        assert_eq!(nothing.status.code(), Some(0));
+        assert_same(&before, &eye.settled());
+    }
+}
+
+async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
+    let stage = Stage::v4(1).await;
+    let wrong = stage.run(0, &["-ipmasq", "--kube-subnet-mgr", "--iface-regexp=x"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    let text = said(&wrong);
+    for part in
+        ["-ipmasq; -ip-masq is", "-kube-subnet-mgr: needs the feature kubernetes", "-iface-regexp; -iface-regex is"]
+    {
+        assert!(text.contains(part), "{part} in\n{text}");
+    }
+    let mut flanneld = podnetd();
+    let bare = flanneld.env("FLANNELD_IP_MASQ", "perhaps").output().unwrap();
+    assert_eq!(bare.status.code(), Some(2));
+    assert!(said(&bare).contains("the environment variable FLANNELD_IP_MASQ: \"perhaps\""), "{}", said(&bare));
+    let help = podnetd().arg("-help").output().unwrap();
+    assert_eq!(help.status.code(), Some(0));
+    assert!(said(&help).contains("-iface-can-reach ADDRESS"), "{}", said(&help));
+    let nobody = stage.run(0, &["--show"]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(said(&nobody).contains("no podnetd answers"), "{}", said(&nobody));
+
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    let second = stage.run(0, &[]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(said(&second).contains("another podnetd answers at"), "{}", said(&second));
+    let second = stage.run(0, &["--socket="]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(said(&second).contains("another podnet overlay works in this network namespace"), "{}", said(&second));
+    daemon.until_ready();
+}
+
+async fn systemd_is_told() {
+    let stage = Stage::v4(1).await;
+    let path = stage.folder.path().join("notify");
+    let systemd = UnixDatagram::bind(&path).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    let hear = |wanted: &str| {
+        let mut heard = Vec::new();
+        loop {
+            let mut text = [0; 1024];
+            let length = systemd.recv(&mut text).unwrap_or_else(|e| panic!("{e}: {heard:?} and no {wanted}"));
+            heard.push(String::from_utf8_lossy(&text[..length]).into_owned());
+            if heard.last().unwrap().contains(wanted) {
+                return heard;
+            }
+        }
+    };
+    stage.list(0);
+    let mut command = stage.command(0, &[]);
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000");
+    let daemon = stage.start_with(0, command);
+    let heard = hear("STATUS=not ready: ");
+    assert!(heard.last().unwrap().starts_with("EXTEND_TIMEOUT_USEC="), "{heard:?}");
+    hear("has no subnet yet");
+    stage.list(1);
+    let heard = hear("READY=1\n");
+    assert!(heard.last().unwrap().contains("STATUS=ready; 0 of 0 peers connected"), "{heard:?}");
+    daemon.until_ready();
+    hear("WATCHDOG=1");
+    assert_eq!(daemon.stop(), Some(0));
+    hear("STOPPING=1");
+}
