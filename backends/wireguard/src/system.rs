@@ -17,6 +17,8 @@ use crate::{kernel, program, uapi};
 
 /// How long a daemon may take to notice that its device went up or away.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one whose device is gone may take to end.
+const DYING: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
 const GLANCE: Duration = Duration::from_millis(5);
 
@@ -44,7 +46,8 @@ impl System {
                         .to_owned(),
             });
         };
-        if uapi::is_served(name.as_str()) {
+        // A daemon whose device was deleted is on its way out.
+        if !wait(DYING, || !uapi::is_served(name.as_str())) {
             return Err(DriverError::InTheWay {
                 attempted: attempted(),
                 with: format!("a WireGuard daemon behind {}", uapi::socket(name.as_str()).display()),
@@ -55,7 +58,7 @@ impl System {
             });
         }
         program::run(path, arguments, name.as_str())?;
-        wait(|| uapi::is_served(name.as_str())).then_some(()).ok_or_else(|| DriverError::Io {
+        wait(PATIENCE, || uapi::is_served(name.as_str())).then_some(()).ok_or_else(|| DriverError::Io {
             attempted: attempted(),
             reason: format!(
                 "{} ended well, but nobody answers at {}",
@@ -67,8 +70,8 @@ impl System {
 }
 
 /// Looks until something holds; whether it did in time.
-fn wait(mut holds: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + PATIENCE;
+fn wait(patience: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + patience;
     while !holds() {
         if Instant::now() >= deadline {
             return false;
@@ -161,7 +164,7 @@ impl WireGuardDevices for System {
                 links.set_mtu(&now, mtu)?;
                 links.set_up(&device).map_err(|error| io_error(&format!("set link {name} up"), &error, ""))?;
                 // A daemon opens its sockets when it hears that its device is up.
-                wait(|| !is_free(port)).then_some(()).ok_or_else(|| DriverError::Io {
+                wait(PATIENCE, || !is_free(port)).then_some(()).ok_or_else(|| DriverError::Io {
                     attempted: format!("listen on UDP port {port} for {name}"),
                     reason: "the daemon has not opened it".to_owned(),
                 })
@@ -199,7 +202,7 @@ impl WireGuardDevices for System {
 
     fn delete(&self, link: &Link) -> Result<(), DriverError> {
         Links::open()?.delete(&seen(link))?;
-        if link.kind != Kind::User || wait(|| !uapi::is_served(&link.name)) {
+        if link.kind != Kind::User || wait(PATIENCE, || !uapi::is_served(&link.name)) {
             return Ok(());
         }
         // A daemon that has not noticed ends when its socket goes.
