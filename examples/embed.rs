@@ -1,20 +1,26 @@
 //! A distribution's node binary in some 60 lines: podnet in this network namespace, until a signal, after which the network stays up.
 //!
 //! ```sh
-//! embed --name rke-52b280-0 --network 10.42.0.0/16 --subnet 10.42.0.0/24
+//! embed --name rke-52b280-0 --nodes /srv/podnet/cluster.json     # on each node, with one file that all nodes have
 //! curl http://127.0.0.1:9472/
 //! ```
 //!
-//! The leases here are in this process, so this node has no peers: a cluster's nodes share a store.
+//! The file says which networks, which backend and who has which subnet, of either family or both:
+//!
+//! ```json
+//! { "network": {"Network": "10.42.0.0/16", "Backend": {"Type": "vxlan"}},
+//!   "nodes": { "rke-52b280-0": {"subnet": "10.42.0.0/24"}, "rke-52b280-1": {"subnet": "10.42.1.0/24"} } }
+//! ```
 
-use std::{error::Error, net::SocketAddr, process::ExitCode, sync::Arc};
+use std::{error::Error, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
-use ipnetwork::Ipv4Network;
+use podnet::backend::Backend;
 use podnet::config::NetworkConfig;
-use podnet::subnet::memory::MemorySubnets;
-use podnet::types::{NodeName, Stack};
+use podnet::subnet::{SubnetManager as _, file::FileSubnets};
+use podnet::types::NodeName;
 use podnet::{Node, Shutdown, status::Status};
+use podnet_host_gw::HostGw;
 use podnet_vxlan::Vxlan;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,12 +32,9 @@ struct Options {
     /// This node's name
     #[arg(long)]
     name: NodeName,
-    /// The network that the pods of all nodes are in
+    /// The file that says who has which subnet; nodes write into it how they are reached
     #[arg(long)]
-    network: Ipv4Network,
-    /// The part of it that this node's pods are in
-    #[arg(long)]
-    subnet: Ipv4Network,
+    nodes: PathBuf,
     /// Where the status is served
     #[arg(long, default_value = "127.0.0.1:9472")]
     status: SocketAddr,
@@ -53,10 +56,9 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(options.status).await?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
 
-    let subnets = MemorySubnets::assigned(NetworkConfig::new(Stack::V4(options.network))?);
-    subnets.assign(&options.name, Stack::V4(options.subnet));
-
-    let node = Node::builder(options.name.to_string(), subnets).backend(Vxlan::new()).build()?;
+    let subnets = FileSubnets::shared(options.nodes);
+    let backend = backend(&subnets.network().await?)?;
+    let node = Node::builder(options.name.to_string(), subnets).backend(backend).build()?;
     let (overlay, runner) = node.start().await?;
     tokio::spawn(log_changes(overlay.status()));
     tokio::spawn(serve(listener, overlay.status()));
@@ -69,6 +71,15 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     }
     overlay.shutdown(Shutdown::Keep).await?;
     Ok(runner.await?)
+}
+
+/// The backend that the network asks for.
+fn backend(network: &NetworkConfig) -> Result<Box<dyn Backend>, Box<dyn Error>> {
+    match network.backend_type().as_str() {
+        "vxlan" => Ok(Box::new(Vxlan::from_config(network)?)),
+        "host-gw" => Ok(Box::new(HostGw::from_config(network)?)),
+        other => Err(format!("no backend {other:?}: vxlan and host-gw are there").into()),
+    }
 }
 
 async fn log_changes(mut status: Receiver<Arc<Status>>) {

@@ -116,9 +116,11 @@ impl BackendData {
         Self::from_text(&text)
     }
 
-    /// Read as what a backend writes. Depth is bounded by the decoder (128 levels).
+    /// Read as what a backend writes. Depth is bounded by the decoder (128 levels), and an error quotes at most 256 characters of
+    /// the text, since it goes into a status.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, InvalidBackendData> {
-        serde_json::from_str(&self.0).map_err(|e| InvalidBackendData::Malformed { reason: e.to_string() })
+        serde_json::from_str(&self.0)
+            .map_err(|e| InvalidBackendData::Malformed { reason: e.to_string().chars().take(256).collect() })
     }
 
     /// The JSON text.

@@ -18,8 +18,8 @@ use tracing::Instrument;
 use crate::admission::Reserved;
 use crate::backend::{Backend, Maker};
 use crate::clock::{Clock, SystemClock};
+use crate::driver::firewall::{FirewallChoice, FirewallDriver};
 use crate::driver::netlink::NetlinkDriver;
-use crate::driver::nftables::NftablesDriver;
 use crate::driver::sysctl::SysctlDriver;
 use crate::driver::{Driver, DriverError, NetworkNamespace};
 use crate::engine::{Engine, Handle, Settings};
@@ -35,6 +35,9 @@ use crate::underlay::UnderlayChoice;
 /// The name of the abstract unix socket that keeps a second overlay out of a network namespace. The kernel frees it with
 /// the process that holds it, however that ends.
 const LOCK: &str = "podnet/overlay";
+/// How often, and how far apart, a lock that is held is asked for again.
+const LOCK_TRIES: u32 = 10;
+const LOCK_WAIT: Duration = Duration::from_millis(10);
 /// Questions that may wait for the engine; more wait in their callers.
 const QUEUE: usize = 16;
 /// The shortest period of the full check (invariant 13).
@@ -74,6 +77,7 @@ pub enum HostSetting {
 pub struct Node {
     settings: Settings,
     masquerade: MasqueradePolicy,
+    firewall: FirewallChoice,
     namespace: NetworkNamespace,
     drivers: Vec<Arc<dyn Driver>>,
 }
@@ -84,6 +88,7 @@ pub struct Node {
 /// |---|---|
 /// | [`backend`](Self::backend) | none: at least one must be given |
 /// | [`masquerade`](Self::masquerade) | [`MasqueradePolicy::default`] |
+/// | [`firewall`](Self::firewall) | [`FirewallChoice::Nftables`] |
 /// | [`underlay`](Self::underlay) | [`UnderlayChoice::Automatic`] |
 /// | [`network_namespace`](Self::network_namespace) | the one of the thread that calls `start` |
 /// | [`reserve`](Self::reserve) | nothing beside what the host itself shows |
@@ -93,8 +98,9 @@ pub struct Node {
 /// | [`bridge_netfilter`](Self::bridge_netfilter) | [`HostSetting::Report`] |
 /// | [`router_advertisements`](Self::router_advertisements) | [`HostSetting::Set`] |
 /// | [`public_addresses`](Self::public_addresses) | the underlay's own |
+/// | [`require_encryption`](Self::require_encryption) | no |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
-/// | [`driver`](Self::driver) | netlink, nftables, `/proc/sys` |
+/// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
 #[derive(Debug)]
 #[must_use = "a builder does nothing until `build`"]
@@ -103,6 +109,7 @@ pub struct NodeBuilder {
     manager: Arc<dyn SubnetManager>,
     backends: Vec<Arc<dyn Backend>>,
     masquerade: MasqueradePolicy,
+    firewall: FirewallChoice,
     underlay: UnderlayChoice,
     namespace: NetworkNamespace,
     drivers: Vec<Arc<dyn Driver>>,
@@ -113,6 +120,7 @@ pub struct NodeBuilder {
     bridge_netfilter: HostSetting,
     router_advertisements: HostSetting,
     public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
+    require_encryption: bool,
     check_period: Duration,
     clock: Arc<dyn Clock>,
 }
@@ -125,6 +133,7 @@ impl Node {
             manager: Arc::new(subnets),
             backends: Vec::new(),
             masquerade: MasqueradePolicy::default(),
+            firewall: FirewallChoice::default(),
             underlay: UnderlayChoice::Automatic,
             namespace: NetworkNamespace::Current,
             drivers: Vec::new(),
@@ -135,6 +144,7 @@ impl Node {
             bridge_netfilter: HostSetting::Report,
             router_advertisements: HostSetting::Set,
             public: None,
+            require_encryption: false,
             check_period: SHORTEST_CHECK,
             clock: Arc::new(SystemClock::new()),
         }
@@ -152,7 +162,7 @@ impl Node {
     pub async fn start(self) -> Result<(Arc<dyn Overlay>, Runner), Error> {
         let given: BTreeSet<Domain> = self.drivers.iter().map(|d| d.domain()).collect();
         // Who brings a kernel of his own has no namespace to share.
-        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace)?) };
+        let lock = if given.contains(&Domain::Netlink) { None } else { Some(lock(&self.namespace).await?) };
         let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
         if !given.contains(&Domain::Sysctl) {
             drivers.push(Arc::new(SysctlDriver::new(&self.namespace)));
@@ -161,7 +171,7 @@ impl Node {
             drivers.push(Arc::new(NetlinkDriver::open(&self.namespace)?));
         }
         if !given.contains(&Domain::Firewall) {
-            drivers.push(Arc::new(NftablesDriver::open(&self.namespace)?));
+            drivers.push(Arc::new(FirewallDriver::open(&self.namespace, self.firewall).await?));
         }
         drivers.extend(self.drivers);
         drivers.extend(self.settings.backends.iter().filter_map(|b| b.driver()));
@@ -215,6 +225,13 @@ impl NodeBuilder {
     /// Sets what is masqueraded and which forwarded packets are accepted.
     pub fn masquerade(mut self, policy: MasqueradePolicy) -> Self {
         self.masquerade = policy;
+        self
+    }
+
+    /// Sets where the firewall rules go: nftables, iptables, or by a rule which of them. What an earlier run left in the other
+    /// one is removed once they stand.
+    pub fn firewall(mut self, choice: FirewallChoice) -> Self {
+        self.firewall = choice;
         self
     }
 
@@ -283,6 +300,18 @@ impl NodeBuilder {
         self
     }
 
+    /// Whether pod packets may leave this node for another in encrypted form alone.
+    ///
+    /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
+    /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
+    /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
+    /// configuration, or flannel, left are taken away at once, without waiting for the leases. The blackhole stays with
+    /// [`Shutdown::Keep`](crate::Shutdown::Keep) and when the process is killed.
+    pub fn require_encryption(mut self, required: bool) -> Self {
+        self.require_encryption = required;
+        self
+    }
+
     /// How often the kernel is compared as a whole: 10 s to a day. Longer where a comparison takes more than 0.2 % of that.
     pub fn check_period(mut self, period: Duration) -> Self {
         self.check_period = period;
@@ -309,6 +338,9 @@ impl NodeBuilder {
         let mut kinds = BTreeSet::new();
         let mut devices = BTreeSet::new();
         for backend in &self.backends {
+            if self.require_encryption && !backend.capabilities().encrypts {
+                problems.push(format!("encryption is required, and the backend {} does not encrypt", backend.kind()));
+            }
             if !kinds.insert(backend.kind()) {
                 problems.push(format!("the backend {} is given twice: one of a kind is allowed", backend.kind()));
             }
@@ -358,10 +390,12 @@ impl NodeBuilder {
                 bridge_netfilter: possible(self.bridge_netfilter),
                 router_advertisements: possible(self.router_advertisements),
                 public: self.public,
+                require_encryption: self.require_encryption,
                 check_period: self.check_period,
                 clock: self.clock,
             },
             masquerade: self.masquerade,
+            firewall: self.firewall,
             namespace: self.namespace,
             drivers: self.drivers,
         })
@@ -369,14 +403,25 @@ impl NodeBuilder {
 }
 
 /// Takes the lock of a namespace; it is held as long as the socket is open.
-fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
-    namespace.abstract_socket(LOCK).map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => Error::AlreadyRunning { lock: format!("@{LOCK}") },
-        _ => Error::Driver(DriverError::Io {
-            attempted: "open a socket in the network namespace".to_owned(),
-            reason: e.to_string(),
-        }),
-    })
+///
+/// Every program that this process starts has a copy of an overlay's socket between its fork and its exec: a lock that was just
+/// given up may be held for a moment longer.
+async fn lock(namespace: &NetworkNamespace) -> Result<OwnedFd, Error> {
+    let mut tries = 0;
+    loop {
+        match namespace.abstract_socket(LOCK) {
+            Ok(socket) => return Ok(socket),
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && tries < LOCK_TRIES => tries += 1,
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+                return Err(Error::AlreadyRunning { lock: format!("@{LOCK}") });
+            }
+            Err(e) => {
+                let attempted = "open a socket in the network namespace".to_owned();
+                return Err(Error::Driver(DriverError::Io { attempted, reason: e.to_string() }));
+            }
+        }
+        tokio::time::sleep(LOCK_WAIT).await;
+    }
 }
 
 fn starting(node: &NodeName) -> Status {

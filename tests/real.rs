@@ -8,6 +8,7 @@ pub mod monitor;
 pub mod nft;
 pub mod privilege;
 pub mod stopwatch;
+pub mod world;
 
 use std::future::Future;
 use std::net::Ipv4Addr;

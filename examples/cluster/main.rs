@@ -1,7 +1,7 @@
 //! `cargo run --release --example cluster`: a pod network in namespaces, brought up, proved, broken, repaired and removed.
 //!
 //! This program only reads options and prints: what is shown is in `podnet_lab::demo`, and how podnet is embedded in
-//! `podnet_lab::demo::pod_network`. It runs no other program and changes nothing outside the namespaces that it makes.
+//! `podnet_lab::demo::pod_network`. It runs no other program (but those of iptables where they are asked for) and changes nothing outside the namespaces that it makes.
 
 mod options;
 mod output;
@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser as _;
-use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Outcome, Stage, breakage, proofs, restart};
+use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Stage, breakage, proofs, restart};
 use podnet_lab::{Families, LabError, Privilege, Underlay, enter_user_namespace_if_needed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -51,6 +51,7 @@ async fn show(options: &Options, privilege: Privilege) -> ExitCode {
         underlay: options.underlay.map_or(backend.usual_underlay(), Underlay::from),
         families: Families::from(options.stack),
         backend,
+        masquerade: Masquerade::from(options.masquerade),
         ..DemoSpec::default()
     };
     let screen = Screen::new(options.json, options.verbose > 0, spec.families);

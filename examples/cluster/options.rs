@@ -1,12 +1,12 @@
 //! The command line.
 
 use clap::{Parser, ValueEnum};
-use podnet_lab::demo::DemoBackend;
+use podnet_lab::demo::{DemoBackend, Masquerade};
 use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
 const AFTER: &str = "\
-It needs no program but itself, and either root or a machine that lets users make user namespaces.
+It needs no program but itself (with iptables those of iptables), and either root or a machine that lets users make user namespaces.
 Everything happens in network namespaces that vanish with it; nothing on this machine is changed.
 
 Exit codes: 0 all of it holds; 1 something does not; 2 wrong options; 3 this machine allows no namespaces.";
@@ -30,6 +30,10 @@ pub(crate) struct Options {
     /// What connects the pods
     #[arg(long, value_enum, default_value_t = BackendOption::Vxlan)]
     pub(crate) backend: BackendOption,
+
+    /// Which firewall masquerades
+    #[arg(long, value_enum, default_value_t = MasqueradeOption::Nftables)]
+    pub(crate) masquerade: MasqueradeOption,
 
     /// Stay up until Ctrl-C, and say how to enter each namespace
     #[arg(long)]
@@ -79,6 +83,24 @@ impl From<BackendOption> for DemoBackend {
             BackendOption::Vxlan => DemoBackend::Vxlan,
             BackendOption::VxlanDirect => DemoBackend::VxlanDirect,
             BackendOption::HostGw => DemoBackend::HostGw,
+        }
+    }
+}
+
+/// `--masquerade`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MasqueradeOption {
+    /// Over netlink, without any program
+    Nftables,
+    /// With the programs of iptables-nft, as flannel's iptables mode (needs the package iptables)
+    Iptables,
+}
+
+impl From<MasqueradeOption> for Masquerade {
+    fn from(option: MasqueradeOption) -> Self {
+        match option {
+            MasqueradeOption::Nftables => Masquerade::Nftables,
+            MasqueradeOption::Iptables => Masquerade::Iptables,
         }
     }
 }

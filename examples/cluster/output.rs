@@ -158,6 +158,7 @@ pub(crate) fn document(findings: &[Finding], spec: &DemoSpec, privilege: Privile
         "underlay": spec.underlay,
         "stack": stack,
         "backend": spec.backend,
+        "masquerade": spec.masquerade,
         "privilege": privilege,
         "seconds": (took.as_secs_f64() * 1000.0).round() / 1000.0,
         "findings": findings,

@@ -23,6 +23,7 @@ pub mod cluster;
 pub mod demo;
 pub mod error;
 pub mod families;
+pub mod firewall;
 pub mod host;
 pub mod netns;
 pub mod nexthops;

@@ -4,20 +4,16 @@
 //! It never masquerades what leaves the node; only who reaches a pod of this node *through the service* gets the bridge's address as its source, since
 //! a neighbour's answer would otherwise go straight back over the bridge, past the connection tracking that must translate it.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, Immediate, InetHookNumber, Meta,
     MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
-use netlink_packet_netfilter::none::ControlMessage;
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
 use podnet::types::Family;
 
+use crate::firewall::{Step, delete_table_message, protocol_family, step, tables, transaction, word};
 use crate::{Host, LabError};
 
 /// The cluster's DNS service address.
@@ -35,8 +31,6 @@ pub fn dns_service(family: Family) -> IpAddr {
     }
 }
 
-/// NFNL_SUBSYS_NFTABLES: the subsystem a batch is for (nfnetlink.h).
-const SUBSYSTEM: u16 = 10;
 /// NFT_PAYLOAD_NETWORK_HEADER and NFT_PAYLOAD_TRANSPORT_HEADER (nf_tables.h).
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
@@ -108,98 +102,10 @@ fn table(services: &[&Service]) -> Vec<Step> {
     batch
 }
 
-/// The family as `nft` writes it.
-fn word(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "ip",
-        Family::V6 => "ip6",
-    }
-}
-
-fn protocol_family(family: Family) -> NetfilterProtoFamily {
-    match family {
-        Family::V4 => NetfilterProtoFamily::IPv4,
-        Family::V6 => NetfilterProtoFamily::IPv6,
-    }
-}
-
-/// The names of the nftables tables of a host, as `FAMILY NAME` (`ip lab-services`), in the kernel's order.
-pub fn tables(host: &Host) -> Result<Vec<String>, LabError> {
-    let get = NfTablesMessage::GetTable(TableMessage { attributes: vec![] });
-    let mut message =
-        NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0), get));
-    message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    host.netns().open("listing nftables tables", || {
-        let socket = socket()?;
-        socket.send(&serialize(message, 1), 0)?;
-        let mut names = Vec::new();
-        loop {
-            let (answer, _) = socket.recv_from_full()?;
-            for message in messages(&answer)? {
-                match message.payload {
-                    NetlinkPayload::Done(_) => return Ok(names),
-                    NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(error.to_io());
-                    }
-                    NetlinkPayload::InnerMessage(message) => names.extend(table_name(&message)),
-                    _ => {}
-                }
-            }
-        }
-    })
-}
-
-/// Deletes a table, given as [`tables`] lists it; for demonstrations of repair.
-pub fn delete_table(host: &Host, table: &str) -> Result<(), LabError> {
-    let (family, name) = match table.split_once(' ') {
-        Some(("ip", name)) => (NetfilterProtoFamily::IPv4, name),
-        Some(("ip6", name)) => (NetfilterProtoFamily::IPv6, name),
-        Some(("inet", name)) => (NetfilterProtoFamily::Inet, name),
-        _ => {
-            return Err(LabError::Invalid(format!("{table:?} is no table of family ip, ip6 or inet")));
-        }
-    };
-    transaction(host, &format!("deleting table {table}"), vec![Step { family, ..delete_table_message(name) }])
-}
-
-fn table_name(message: &NetfilterMessage) -> Option<String> {
-    let NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) = &message.inner else {
-        return None;
-    };
-    let family = match message.header.family {
-        NetfilterProtoFamily::IPv4 => "ip",
-        NetfilterProtoFamily::IPv6 => "ip6",
-        NetfilterProtoFamily::Inet => "inet",
-        NetfilterProtoFamily::Bridge => "bridge",
-        NetfilterProtoFamily::ARP => "arp",
-        NetfilterProtoFamily::NetDev => "netdev",
-        _ => "other",
-    };
-    table.attributes.iter().find_map(|attribute| match attribute {
-        TableAttribute::Name(name) => Some(format!("{family} {name}")),
-        _ => None,
-    })
-}
-
 // ---- the messages ----
-
-/// One message of a transaction.
-struct Step {
-    family: NetfilterProtoFamily,
-    flags: u16,
-    message: NfTablesMessage,
-}
-
-fn step(flags: u16, message: NfTablesMessage) -> Step {
-    Step { family: NetfilterProtoFamily::IPv4, flags, message }
-}
 
 fn new_table(name: &str) -> Step {
     step(NLM_F_CREATE, NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
-}
-
-fn delete_table_message(name: &str) -> Step {
-    step(0, NfTablesMessage::DeleteTable(TableMessage { attributes: vec![TableAttribute::Name(name.into())] }))
 }
 
 fn new_nat_chain(name: &str, hook: InetHookNumber, priority: i32) -> Step {
@@ -326,70 +232,4 @@ fn dnat_to_register_1(family: Family) -> Expressions {
         expression_type: "nat".into(),
         attributes: vec![value(TYPE, DNAT), value(FAMILY, family), value(ADDRESS, u32::from(Register::Reg1))],
     }
-}
-
-// ---- the transport ----
-
-/// Sends one transaction and reads an acknowledgement for each of its messages. The kernel takes all of it or none of it.
-fn transaction(host: &Host, what: &str, steps: Vec<Step>) -> Result<(), LabError> {
-    host.netns().open(what, || {
-        let control = |message| {
-            let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM);
-            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, NetfilterMessageInner::None(message)));
-            message.header.flags = NLM_F_REQUEST;
-            message
-        };
-        let mut bytes = serialize(control(ControlMessage::BatchBegin), 0);
-        let mut awaited = steps.len();
-        for (sequence, step) in (1..).zip(steps) {
-            let header = NetfilterHeader::new(step.family, 0, 0);
-            let mut message = NetlinkMessage::from(NetfilterMessage::new(header, step.message));
-            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | step.flags;
-            bytes.extend(serialize(message, sequence));
-        }
-        bytes.extend(serialize(control(ControlMessage::BatchEnd), 0));
-
-        let socket = socket()?;
-        socket.send(&bytes, 0)?;
-        while awaited > 0 {
-            let (answer, _) = socket.recv_from_full()?;
-            for message in messages(&answer)? {
-                if let NetlinkPayload::Error(error) = message.payload {
-                    if error.code.is_some() {
-                        return Err(error.to_io());
-                    }
-                    awaited -= 1;
-                }
-            }
-        }
-        Ok(())
-    })
-}
-
-fn socket() -> io::Result<netlink_sys::Socket> {
-    let mut socket = netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
-    Ok(socket)
-}
-
-fn serialize(mut message: NetlinkMessage<NetfilterMessage>, sequence: u32) -> Vec<u8> {
-    message.header.sequence_number = sequence;
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
-}
-
-/// The messages of one datagram.
-fn messages(mut bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<NetfilterMessage>>> {
-    let mut found = Vec::new();
-    while !bytes.is_empty() {
-        let message = NetlinkMessage::<NetfilterMessage>::deserialize(bytes)
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        let length = (message.header.length as usize).next_multiple_of(4).max(4);
-        found.push(message);
-        bytes = bytes.get(length..).unwrap_or(&[]);
-    }
-    Ok(found)
 }

@@ -15,7 +15,7 @@ use crate::probe::{
     ping_all, seen_as, tcp_throughput,
 };
 use crate::services::{self, Service, dns_service};
-use crate::{Families, Family, Host, Lab, LabSpec, Netns, Node, Route, Stack, Underlay, wait_until};
+use crate::{Families, Family, Host, Lab, LabSpec, Netns, Node, Route, Stack, Underlay, firewall, wait_until};
 
 const SOON: Duration = Duration::from_secs(5);
 const VXLAN: &str = "flannel.1";
@@ -402,7 +402,7 @@ async fn dns_answers_at_the_service_address_from_a_pod_of_the_same_node() {
     let addresses = Family::BOTH.map(|family| server_pod.ip_in(family).unwrap());
     let _servers = addresses.map(|address| DnsServer::start(server_pod.netns(), (address, 53).into()).unwrap());
     services::publish(node.host(), &addresses.map(Service::dns)).unwrap();
-    assert_eq!(services::tables(node.host()).unwrap(), ["ip lab-services", "ip6 lab-services"]);
+    assert_eq!(firewall::tables(node.host()).unwrap(), ["ip lab-services", "ip6 lab-services"]);
     for family in Family::BOTH {
         let service = (dns_service(family), 53).into();
         for transport in [Transport::Udp, Transport::Tcp] {
@@ -418,13 +418,30 @@ async fn dns_answers_at_the_service_address_from_a_pod_of_the_same_node() {
 
     // Publishing again replaces.
     services::publish(node.host(), &[Service::dns(addresses[1])]).unwrap();
-    assert_eq!(services::tables(node.host()).unwrap(), ["ip6 lab-services"]);
+    assert_eq!(firewall::tables(node.host()).unwrap(), ["ip6 lab-services"]);
     let short = Duration::from_millis(300);
     let gone = (dns_service(Family::V4), 53).into();
     assert!(dns_query(client.netns(), gone, KUBERNETES, Transport::Udp, short).await.is_err());
     services::publish(node.host(), &[]).unwrap();
-    assert!(services::tables(node.host()).unwrap().is_empty());
-    assert!(services::delete_table(node.host(), "ip lab-services").unwrap_err().is_absent());
+    assert!(firewall::tables(node.host()).unwrap().is_empty());
+    assert!(firewall::delete_table(node.host(), "ip lab-services").unwrap_err().is_absent());
+}
+
+#[tokio::test]
+async fn a_chain_is_listed_with_its_rules_until_it_is_emptied() {
+    let host = Host::new("firewalled").unwrap();
+    let backends = ["10.42.0.2", "2001:db8:42::2"].map(|address| Service::dns(address.parse::<IpAddr>().unwrap()));
+    services::publish(&host, &backends).unwrap();
+    let of = |family: &str| {
+        [("prerouting", 2), ("output", 2), ("postrouting", 1)]
+            .map(|(chain, rules)| format!("{family} lab-services {chain}: {rules}"))
+    };
+    assert_eq!(firewall::chains(&host).unwrap(), [of("ip"), of("ip6")].concat());
+    firewall::flush_chain(&host, Family::V6, services::TABLE, "output").unwrap();
+    let [prerouting, _, postrouting] = of("ip6");
+    let left = [&of("ip")[..], &[prerouting, postrouting]].concat();
+    assert_eq!(firewall::chains(&host).unwrap(), left, "an empty chain at a hook does nothing");
+    assert!(firewall::flush_chain(&host, Family::V4, "nowhere", "output").unwrap_err().is_absent());
 }
 
 #[tokio::test]

@@ -85,6 +85,18 @@ pub enum DriverError {
         /// What is missing: a module, a version.
         detail: String,
     },
+    /// A program that a driver needs is missing, or did not do what was asked of it.
+    #[error("{attempted}: {said}: {advice}")]
+    Program {
+        /// What was attempted, on which object.
+        attempted: String,
+        /// Which program, how it ended, and the first lines that it said.
+        said: String,
+        /// What can be done.
+        advice: String,
+        /// Whether running it again can help.
+        retry: bool,
+    },
     /// A socket, a file or the transport failed.
     #[error("{attempted}: {reason}")]
     Io {
@@ -101,8 +113,13 @@ fn note(detail: &str) -> String {
 
 impl DriverError {
     /// Whether the same step can succeed later although nobody changed the configuration. All but a missing kernel
-    /// feature can: capabilities are granted, foreign objects go, devices come back.
+    /// feature, or a program that is missing or too old, can: capabilities are granted, foreign objects go, devices
+    /// come back, locks are freed.
     pub fn is_retryable(&self) -> bool {
-        !matches!(self, DriverError::Unsupported { .. })
+        match self {
+            DriverError::Unsupported { .. } => false,
+            DriverError::Program { retry, .. } => *retry,
+            _ => true,
+        }
     }
 }

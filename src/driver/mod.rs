@@ -4,7 +4,9 @@
 //! [`diff`](fn@crate::plan::diff), and the engine is the only caller of [`Driver::apply`].
 
 mod error;
+pub mod firewall;
 mod host;
+pub mod iptables;
 #[cfg(test)]
 mod isolated;
 mod namespace;

@@ -29,7 +29,7 @@ pub struct Scope {
     pub underlay: Option<DeviceName>,
     /// Addresses that the underlay is to be found by: the routes that lead to them are part of the host's view.
     pub reached: BTreeSet<IpAddr>,
-    /// Whether what flannel left is taken over: see [`Scope::adopts`], and an unmarked VXLAN device of our name.
+    /// Whether what flannel left is taken over: see [`Scope::adopts`] and [`Scope::adopts_device`].
     pub adopt: bool,
     /// The sysctls whose values are wanted.
     pub sysctls: BTreeSet<SysctlName>,
@@ -94,6 +94,13 @@ impl Scope {
             && route.metric == Route::default_metric(Family::of(route.destination.ip()))
             && self.holds(route.destination)
             && (over_ours || host_gw())
+    }
+
+    /// The written rule of adoption for devices without a mark: a VXLAN device that a backend wants, or that bears the name
+    /// flannel gives to a device of its VNI. Its routes would win over those of a backend that has no such device.
+    pub fn adopts_device(&self, name: &DeviceName, vni: u32) -> bool {
+        let flannels = || [format!("flannel.{vni}"), format!("flannel-v6.{vni}")].iter().any(|n| n == name.as_str());
+        self.adopt && (self.devices.contains(name) || flannels())
     }
 
     /// Whether a route of others is part of the host's view by itself: default routes, connected networks and all others

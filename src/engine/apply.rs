@@ -51,7 +51,7 @@ pub(super) async fn apply(drivers: &[Arc<dyn Driver>], units: Vec<UnitPlan>) -> 
     for unit in units {
         let [ground, peers, leftovers] = &mut stages;
         match unit.unit {
-            Unit::Host(_) | Unit::Node(_) => ground.push(unit),
+            Unit::Guard(_) | Unit::Host(_) | Unit::Node(_) => ground.push(unit),
             Unit::Devices(_) | Unit::Firewall(_) | Unit::Peer(..) => peers.push(unit),
             Unit::Leftover(_) => leftovers.push(unit),
         }

@@ -25,7 +25,7 @@ pub(crate) use self::command::Handle;
 use self::command::{Command, Farewell};
 use self::control::{Control, Happened};
 use self::wish::{NoView, View};
-use crate::admission::{Admission, Policy, Reserved, Verdict, VerdictChange};
+use crate::admission::{Admission, Policy, Refusal, Reserved, Verdict, VerdictChange};
 use crate::backend::{Backend, Underlay};
 use crate::clock::{Clock, Moment};
 use crate::driver::{Change, ChangeStream, Driver, DriverError, HostView, Scope};
@@ -75,6 +75,7 @@ pub(crate) struct Settings {
     pub(crate) bridge_netfilter: HostSetting,
     pub(crate) router_advertisements: HostSetting,
     pub(crate) public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
+    pub(crate) require_encryption: bool,
     pub(crate) check_period: Duration,
     pub(crate) clock: Arc<dyn Clock>,
 }
@@ -297,22 +298,49 @@ impl Engine {
             self.look().await;
         }
         self.refresh().await;
+        self.want_guards();
         if self.may_touch() {
             self.converge(false).await;
+        } else if self.settings.require_encryption {
+            self.stand_guard().await;
         }
+    }
+
+    /// Before anything else is known: nothing of the cluster networks may follow the default route, and what an earlier
+    /// configuration left must not carry it in plain text. No lease can want any of that, so that none is waited for.
+    async fn stand_guard(&mut self) {
+        let Some(scope) = &self.scope else { return };
+        if self.host.is_none() || self.unseen.contains_key(&Domain::Netlink) {
+            return;
+        }
+        let now = self.settings.clock.now();
+        let stale = wish::stale(scope, &self.picture);
+        let guards: Vec<(Unit, Vec<Object>)> = Family::BOTH.map(|family| (Unit::Guard(family), Vec::new())).to_vec();
+        let mut plan = diff_units(&self.desired, &self.picture, &guards);
+        plan.units.extend(stale);
+        plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
+        self.apply(plan).await;
     }
 
     /// Brings this node's view up to date. Where that makes other things of the kernel ours to look at, it looks at them first.
     async fn refresh(&mut self) {
         self.refresh_view();
         let (Some(network), Some(view)) = (&self.control.network, &self.view) else { return };
-        let scope = wish::scope(&self.settings, network.networks(), Some(&view.underlay.device));
-        if self.scope.as_ref() != Some(&scope) {
-            self.scope = Some(scope);
+        let underlay = Some(&view.underlay.device);
+        if self.scope.as_ref().is_none_or(|scope| scope.underlay.as_ref() != underlay) {
+            self.scope = Some(wish::scope(&self.settings, network.networks(), underlay));
             self.listen().await;
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
             self.look().await;
             self.refresh_view();
+        }
+    }
+
+    fn want_guards(&mut self) {
+        let known = self.scope.as_ref().zip(self.host.as_ref()).filter(|_| self.settings.require_encryption);
+        let guards = known.map(|(scope, host)| wish::guards(scope, host)).unwrap_or_default();
+        for (unit, objects) in guards {
+            self.want(unit, objects);
         }
     }
 
@@ -408,10 +436,10 @@ impl Engine {
             Change::Gone(key) if self.picture.get(&key).is_none() => vec![],
             Change::Gone(key) => vec![key.domain()],
             Change::Link(device) if !self.matters(&device) => vec![],
-            // A device that a backend's own driver made is that driver's to look at, too.
+            // A device that a backend's own driver made is that driver's to look at, too; and its settings are new with it.
             Change::Device(device) if self.scope.as_ref().is_some_and(|s| s.served.contains(&device)) => {
                 let custom = self.drivers.iter().map(|d| d.domain()).filter(|d| matches!(d, Domain::Custom(_)));
-                custom.chain([Domain::Netlink]).collect()
+                custom.chain([Domain::Netlink, Domain::Sysctl]).collect()
             }
             Change::Device(_) | Change::Link(_) | Change::Host => vec![Domain::Netlink],
             Change::Domain(domain) => vec![domain],
@@ -480,6 +508,10 @@ impl Engine {
         let (objects, aside) = match verdict {
             None => (Vec::new(), None),
             Some(Verdict::Pending) => (Vec::new(), Some(PeerState::Pending)),
+            Some(Verdict::Refused(Refusal::NoCommonBackend { theirs, .. })) if self.settings.require_encryption => {
+                let reason = format!("encryption is required here, and it offers {theirs}");
+                (Vec::new(), Some(PeerState::Unreachable { reason }))
+            }
             Some(Verdict::Refused(refusal)) => {
                 // Once: a lease that goes on changing must not fill the log.
                 let before = self.aside.get(&(node.clone(), family));
@@ -716,7 +748,8 @@ impl Engine {
             return;
         }
         plan.units.retain(|u| match &u.unit {
-            Unit::Host(family)
+            Unit::Guard(family)
+            | Unit::Host(family)
             | Unit::Node(family)
             | Unit::Devices(family)
             | Unit::Firewall(family)

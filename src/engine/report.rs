@@ -125,7 +125,9 @@ impl Engine {
         if let Some((_, conflict)) = self.view.iter().flat_map(|v| &v.blocking).next() {
             return failed(kind, conflict.to_string());
         }
-        let own = |unit: &Unit| matches!(unit, Unit::Host(_) | Unit::Node(_) | Unit::Devices(_) | Unit::Firewall(_));
+        let own = |unit: &Unit| {
+            matches!(unit, Unit::Guard(_) | Unit::Host(_) | Unit::Node(_) | Unit::Devices(_) | Unit::Firewall(_))
+        };
         if let Some((unit, failure)) = self.failures.iter().find(|(unit, _)| own(unit)) {
             return failed(kind, format!("{unit}: {}", failure.error));
         }
@@ -177,7 +179,7 @@ impl Engine {
         if let Some(trouble) = view.trouble(family) {
             return (ConditionState::Failed, trouble.to_string());
         }
-        let own = [Unit::Host(family), Unit::Devices(family), Unit::Firewall(family)];
+        let own = [Unit::Guard(family), Unit::Host(family), Unit::Devices(family), Unit::Firewall(family)];
         if let Some(failure) = own.iter().find_map(|unit| self.failures.get(unit)) {
             return (ConditionState::Failed, failure.error.to_string());
         }

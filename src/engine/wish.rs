@@ -13,7 +13,7 @@ use crate::driver::{HostRoute, HostView, Scope};
 use crate::lease::{BackendData, Endpoint, Lease, Offer};
 use crate::masquerade::MasqueradePolicy;
 use crate::node::HostSetting;
-use crate::plan::{Conflict, Link, Object, Sysctl, SysctlName, Unit};
+use crate::plan::{Conflict, Key, Link, NextHop, Object, Picture, Route, Step, Sysctl, SysctlName, Unit, UnitPlan};
 use crate::types::{DeviceName, Family, Mtu, Stack};
 use crate::underlay::{self, Collisions, UnderlayError};
 
@@ -369,6 +369,44 @@ fn standing(host: &HostView, underlay: &Underlay) -> Vec<Reserved> {
     gateways.chain(links).collect()
 }
 
+/// The metric of the guard's blackholes: behind every other route, and told from others' by it ("pd" in its upper half).
+const GUARD_METRIC: u32 = 0x7064_0000;
+
+/// What keeps pod packets from following the default route, for each cluster network that the host does not use itself.
+pub(super) fn guards(scope: &Scope, host: &HostView) -> Vec<(Unit, Vec<Object>)> {
+    let networks = scope.networks.families().filter_map(|family| Some((family, of(&scope.networks, family)?)));
+    let used = |network: IpNetwork| {
+        let holds = |r: &&HostRoute| r.destination.prefix() <= network.prefix() && r.destination.contains(network.ip());
+        host.routes.iter().filter(|r| r.gateway.is_none() && r.destination.prefix() > 0).any(|r| holds(&r))
+    };
+    networks
+        .map(|(family, network)| {
+            let guard = Route { destination: network, metric: GUARD_METRIC, next: NextHop::Blackhole };
+            let wanted = (!used(network)).then_some(Object::Route(guard));
+            (Unit::Guard(family), wanted.into_iter().collect())
+        })
+        .collect()
+}
+
+/// What of an earlier configuration, or of flannel's, would carry pod packets in plain text: VXLAN devices that no backend here
+/// has, and routes to pods over anything but a device that a backend's own driver makes.
+pub(super) fn stale(scope: &Scope, picture: &Picture) -> Vec<UnitPlan> {
+    let plain = |object: &Object| match object {
+        Object::Link(link) => !scope.devices.contains(&link.name),
+        Object::Route(Route { destination, next, .. }) => {
+            let device = next.device();
+            scope.holds(*destination)
+                && device.is_some_and(|device| !scope.served.contains(device) && !scope.devices.contains(device))
+        }
+        _ => false,
+    };
+    let mut found: Vec<(Key, Object)> =
+        picture.objects().filter(|(_, object, _)| plain(object)).map(|(k, o, _)| (k.clone(), o.clone())).collect();
+    found.sort_by(|(a, _), (b, _)| b.rank().cmp(&a.rank()).then_with(|| a.cmp(b)));
+    let delete = |(key, object)| UnitPlan { unit: Unit::Leftover(key), steps: vec![Step::Delete(object)] };
+    found.into_iter().map(delete).collect()
+}
+
 /// What this node itself needs, unit by unit.
 pub(super) fn node_units(settings: &Settings, masquerade: &MasqueradePolicy, view: &View) -> Vec<(Unit, Vec<Object>)> {
     let mut units = Vec::new();
@@ -413,7 +451,7 @@ pub(super) fn missing_settings(settings: &Settings, view: &View, observed: &[Sys
     let value = |name: &SysctlName| observed.iter().find(|s| s.name == *name).map(|s| s.value.as_str());
     let mut miss = |name: SysctlName, advice: String| {
         let with = format!("{name} = {}", value(&name).unwrap_or("(absent)"));
-        missing.push(Conflict { object: crate::plan::Key::Sysctl(name), with, advice });
+        missing.push(Conflict { object: Key::Sysctl(name), with, advice });
     };
     for family in &view.families {
         let forwarding = SysctlName::forwarding(*family);

@@ -89,7 +89,8 @@ impl MasqueradePolicy {
     }
 
     /// Whether a chain at the forward hook accepts all packets from and to the cluster network. Such an accept does
-    /// not overrule a drop in another table.
+    /// not overrule a drop in another table; where iptables does, the rules can go there
+    /// ([`FirewallChoice`](crate::driver::firewall::FirewallChoice)).
     pub fn forward_accept(mut self, on: bool) -> Self {
         self.forward_accept = on;
         self

@@ -42,18 +42,26 @@ impl Ruleset {
         Ruleset { family, chains, unrecognised, flannel }
     }
 
+    /// As a driver found it, with something of ours, or of flannel's, in the host's other firewall: it goes after this
+    /// ruleset was replaced or deleted.
+    pub(crate) fn beside(mut self, what: String, flannel: bool) -> Self {
+        self.unrecognised.push(what);
+        self.flannel |= flannel;
+        self
+    }
+
     /// The chains, in the order of [`Hook`].
     pub fn chains(&self) -> &[Chain] {
         &self.chains
     }
 
-    /// What a driver found in our table that podnet never writes, in words; empty in a wish.
+    /// What a driver found among our rules that podnet never writes, in words; empty in a wish.
     pub fn unrecognised(&self) -> &[String] {
         &self.unrecognised
     }
 
-    /// Whether a driver that was asked to adopt found flannel's table beside ours: it goes in the transaction that
-    /// replaces or deletes this ruleset. False in a wish.
+    /// Whether a driver that was asked to adopt found flannel's rules: they go with the step that replaces or deletes
+    /// this ruleset. False in a wish.
     pub fn takes_flannel_away(&self) -> bool {
         self.flannel
     }

@@ -13,7 +13,9 @@ use crate::types::{Family, NodeName};
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Unit {
-    /// This node's settings of the host, applied before all else.
+    /// What keeps pod packets of a family from leaving in plain text, applied before all else.
+    Guard(Family),
+    /// This node's settings of the host, applied before its devices.
     Host(Family),
     /// This node's own devices and addresses in a family.
     Node(Family),
@@ -30,6 +32,7 @@ pub enum Unit {
 impl fmt::Display for Unit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Unit::Guard(family) => write!(f, "guard against plain text, {family}"),
             Unit::Host(family) => write!(f, "host settings, {family}"),
             Unit::Node(family) => write!(f, "this node, {family}"),
             Unit::Devices(family) => write!(f, "settings of this node's devices, {family}"),

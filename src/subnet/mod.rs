@@ -74,7 +74,8 @@ pub trait SubnetManager: Debug + Send + Sync + 'static {
     /// Extends the lease by its full term. For a lease without a term this only checks that it is still held. Cancel safe.
     async fn renew(&self, node: &NodeName) -> Result<OwnedLease, SubnetError>;
 
-    /// Gives the lease back. Releasing what is not held is success. Cancel safe.
+    /// Gives the lease back; where subnets are assigned, the assignment stays, and what is given back is how the node is
+    /// reached. Releasing what is not held is success. Cancel safe.
     async fn release(&self, node: &NodeName) -> Result<(), SubnetError>;
 
     /// All leases, then their changes, as `node` sees them. Cancel safe; dropping the stream ends the watch.

@@ -3,6 +3,7 @@
 //! - [`FakeKernel`](kernel::FakeKernel): a kernel with state and faults, behind the same [`Driver`](crate::driver::Driver)
 //!   trait as the real one.
 //! - [`ManualClock`](manual_clock::ManualClock): time that stands until a test moves it.
+//! - [`conformance`]: suites that say whether a backend, a driver or a store of leases keeps to what podnet relies on.
 //! - `MockOverlay`, `MockSubnetManager`: mockall mocks, for tests of code that calls podnet.
 //!
 //! ```
@@ -18,6 +19,7 @@
 //! # #[cfg(not(feature = "testkit"))] fn main() {}
 //! ```
 
+pub mod conformance;
 pub mod kernel;
 pub mod manual_clock;
 

@@ -61,7 +61,7 @@ fn peer(number: u8) -> Lease {
 
 async fn cluster() -> (FakeKernel, MemorySubnets, Running) {
     let (kernel, subnets) = (dual_host(), store());
-    [1, 3].map(|number| subnets.faults().inject(peer(number)));
+    [1, 3].into_iter().for_each(|number| subnets.faults().inject(peer(number)));
     let running = spawn(builder(&kernel, subnets.clone())).await;
     running.until(|s| s.is_ready() && s.peers.connected == 2).await;
     kernel.take_writes();

@@ -188,3 +188,22 @@ async fn with_direct_routing_a_peer_changes_between_route_and_tunnel_without_a_g
     assert_eq!(words(&kernel), ["ip route replace", "bridge fdb del", "ip neigh del"]);
     running.until(|s| s.is_ready() && s.peers.connected == 2).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn fault_19_what_flannels_vxlan_left_gives_way_to_host_gw() {
+    // A node that ran flannel's VXLAN: made by podnet, then stripped of its marks.
+    let (kernel, subnets) = (host(), store());
+    subnets.faults().inject(peer("vxlan", 1, NEAR));
+    let running = spawn(builder(&kernel, &subnets, Vxlan::new())).await;
+    running.until(|s| s.is_ready() && s.peers.connected == 1).await;
+    running.kill(&kernel).await;
+    kernel.link_set_alias(&dev("flannel.1"), None).unwrap();
+    let over = NextHop::Gateway { device: dev("flannel.1"), address: "10.42.1.0".parse().unwrap(), onlink: true };
+    kernel.ip_route_replace(KernelRoute::boot("10.42.1.0/24".parse().unwrap(), over)).unwrap();
+
+    subnets.faults().inject(peer("host-gw", 1, NEAR));
+    let running = spawn(builder(&kernel, &subnets, HostGw::new())).await;
+    running.until(|s| s.is_ready() && s.peers.connected == 1).await;
+    eventually("flannel's device is gone", || !kernel.dump().contains("flannel.1")).await;
+    assert_eq!(ours(&kernel), ["route 10.42.1.0/24 via 10.240.0.101 dev eth0 proto 112"]);
+}

@@ -158,7 +158,7 @@ async fn faults_12_and_13_in_ipv6_another_address_and_lost_rules_are_followed_wi
     let host = dual_host("moved").await;
     let (subnets, running) = vxlan(&host, 3).await;
     let eye = Eye::on(host.netns());
-    heals(&eye, &running, async { podnet_lab::services::delete_table(&host, "ip6 podnet").unwrap() }).await;
+    heals(&eye, &running, async { podnet_lab::firewall::delete_table(&host, "ip6 podnet").unwrap() }).await;
     let watch = Stopwatch::start(host.netns());
     host.add_address(UNDERLAY_INTERFACE, "2001:db8:240::99/64".parse().unwrap()).await.unwrap();
     host.delete_address(UNDERLAY_INTERFACE, "2001:db8:240::103/64".parse().unwrap()).await.unwrap();

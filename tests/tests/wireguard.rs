@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use podnet::config::NetworkConfig;
 use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
+use podnet::masquerade::MasqueradePolicy;
 use podnet::status::Status;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::types::{DeviceName, Family, Stack};
@@ -569,7 +570,11 @@ async fn case_18_a_member_speaks_for_its_own_pods_alone() {
     if skipped("forged sources").await {
         return;
     }
-    let cluster = Cluster::running(3, Stack::V4(())).await;
+    let mut cluster = Cluster::running(3, Stack::V4(())).await;
+    // Nothing on node 1 makes its packets honest.
+    let node = cluster.running[1].take().unwrap();
+    node.overlay.set_masquerade(MasqueradePolicy::off()).await.unwrap();
+    cluster.running[1] = Some(node);
     cluster.assert_pods_talk().await;
     let target = SocketAddr::new(cluster.pod(0).ip(), 7000);
     let listener = cluster.pod(0).netns().udp_socket(target).unwrap();

@@ -92,3 +92,8 @@ fn what_is_published_is_flannels_null_and_pods_have_the_underlays_mtu() {
     assert_eq!(HostGw.mtu(&small, Family::V4).unwrap().bytes(), 1000);
     assert!(HostGw.mtu(&small, Family::V6).unwrap_err().to_string().contains("1280"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn it_conforms() {
+    podnet::testkit::conformance::backend::check(HostGw).await.assert_ok();
+}

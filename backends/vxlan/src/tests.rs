@@ -4,6 +4,7 @@ use podnet::backend::{AdmittedPeer, Backend, NodeView, OfferContext, Underlay};
 use podnet::driver::HostRoute;
 use podnet::lease::{BackendData, Endpoint, Offer};
 use podnet::plan::{Link, LinkKind, Object};
+use podnet::testkit::conformance;
 use podnet::types::{Family, MacAddr, Mtu, NodeName, Stack};
 
 use super::*;
@@ -199,4 +200,19 @@ fn with_direct_routing_a_peer_on_the_same_layer_2_costs_one_route_and_others_go_
     assert_eq!(text(&near), "route 10.42.0.0/24 via 10.240.0.101 dev ens4");
     near.underlay.routes.push(route("10.240.0.101/32", Some("10.240.0.1")));
     assert!(text(&near).contains("onlink"), "a more special route leads behind the gateway again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_conforms() {
+    let report = conformance::backend::check(Vxlan::new()).await;
+    report.assert_ok();
+    assert!(report.untried().is_empty(), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_conforms_with_its_options() {
+    let options = Vxlan::new().vni(4096).unwrap().port(4789).unwrap().gbp(true).learning(true);
+    let report = conformance::backend::check(options.direct_routing(true).tx_checksum_offload(false)).await;
+    report.assert_ok();
+    assert!(report.untried().is_empty(), "{report}");
 }

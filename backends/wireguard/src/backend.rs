@@ -103,9 +103,14 @@ impl Backend for WireGuard {
         KIND
     }
 
-    /// What WireGuard adds in truth; the MTU may leave room for more: see [`WireGuard::exact_mtu`].
+    /// What is taken off the MTU, which may be more than WireGuard adds: see [`WireGuard::exact_mtu`].
     fn capabilities(&self) -> Capabilities {
-        Capabilities { encrypts: true, needs_layer2: false, overhead_v4: OVERHEAD_V4, overhead_v6: OVERHEAD_V6 }
+        Capabilities {
+            encrypts: true,
+            needs_layer2: false,
+            overhead_v4: self.overhead(Family::V4),
+            overhead_v6: self.overhead(Family::V6),
+        }
     }
 
     fn devices(&self, family: Family) -> Vec<Device> {

@@ -17,6 +17,8 @@ use crate::{kernel, program, uapi};
 
 /// How long a daemon may take to notice that its device went up or away.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one whose device is down may take to close its port.
+const CLOSING: Duration = Duration::from_millis(500);
 /// How long one whose device is gone may take to end.
 const DYING: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
@@ -155,7 +157,8 @@ impl WireGuardDevices for System {
             }
             Kind::User => {
                 let listens = device.up && uapi::read(name, None)?.port == port;
-                if !listens && !is_free(port) {
+                // A daemon whose device went down is about to close its sockets.
+                if !listens && !wait(CLOSING, || is_free(port)) {
                     return Err(port_in_use(name, port));
                 }
                 uapi::configure(name, &self.private_key, port)?;

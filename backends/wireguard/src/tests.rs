@@ -436,4 +436,14 @@ fn each_family_of_an_admitted_peer_knows_how_the_other_is_reached_once_that_is_a
     assert_eq!(admission.snapshot(vec![lease("node-5", 5, 5, (PEER, PEER))]), []);
 }
 
+#[tokio::test(start_paused = true)]
+async fn it_conforms() {
+    for backend in [backend(), backend().exact_mtu(true).keepalive(25)] {
+        let report = podnet::testkit::conformance::backend::check(backend).await;
+        report.assert_ok();
+        // On a kernel it is tried with real devices, in tests/tests/wireguard.rs.
+        assert!(report.untried().iter().all(|untried| format!("{untried:?}").contains("driver of its own")), "{report}");
+    }
+}
+
 mod secrets;

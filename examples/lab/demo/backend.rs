@@ -85,13 +85,13 @@ impl DemoBackend {
         }
     }
 
-    /// What its device is made with, as `ip -d link` shows it.
-    pub(crate) fn made_with(self, local: IpAddr) -> String {
+    /// What its device is made with, as `ip -d link` shows it, where it is a VXLAN device.
+    pub(crate) fn made_with(self, local: IpAddr) -> Option<String> {
         match self {
             DemoBackend::Vxlan | DemoBackend::VxlanDirect => {
-                format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning")
+                Some(format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning"))
             }
-            DemoBackend::HostGw => String::new(),
+            DemoBackend::HostGw => None,
         }
     }
 

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::node_state::NodeState;
 use super::pod_network::PodNetwork;
 use super::proofs::ECHO_PORT;
-use super::{Crossing, DemoBackend, DemoError, Part, Seen, Stage};
+use super::{Crossing, DemoBackend, DemoError, Masquerade, Part, Seen, Stage};
 use crate::cluster::{DOCKER_BRIDGE, gateway, outside, underlay_network};
 use crate::host::LinkState;
 use crate::probe::{DnsServer, EchoServer};
@@ -33,6 +33,8 @@ pub struct DemoSpec {
     pub families: Families,
     /// What connects the pods.
     pub backend: DemoBackend,
+    /// Which firewall masquerades.
+    pub masquerade: Masquerade,
     /// How long each throughput is measured.
     pub throughput: Duration,
     /// How long traffic runs before the restart, and again after it.
@@ -53,6 +55,7 @@ impl Default for DemoSpec {
             underlay: Underlay::Gcp,
             families: Stack::V4(()),
             backend: DemoBackend::Vxlan,
+            masquerade: Masquerade::Nftables,
             throughput: Duration::from_secs(1),
             restart_margin: Duration::from_millis(700),
         }
@@ -169,7 +172,7 @@ impl Cluster {
     pub(crate) async fn restart(&mut self, node: usize) -> Result<(), DemoError> {
         let peers = self.lab.nodes().len() - 1;
         self.networks.remove(node).stop(Shutdown::Keep).await?;
-        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec.backend).await?;
+        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec).await?;
         let ready = network.wait_ready(peers, self.crossing() != Crossing::Nowhere).await;
         self.networks.insert(node, network);
         ready.map(drop)
@@ -199,7 +202,7 @@ impl Cluster {
             }
         }
         let text = match differences.len() {
-            0 => format!("links, addresses, routes, tables: {objects} objects, all equal; docker0 too"),
+            0 => format!("links, addresses, routes, chains: {objects} objects, all equal; docker0 too"),
             count => format!("{count} differences"),
         };
         let figures = json!({ "objects": objects, "differences": differences.len() });
@@ -246,7 +249,7 @@ async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<
     }
 
     let start = std::time::Instant::now();
-    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets, spec.backend))).await?;
+    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets, spec))).await?;
     let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
     try_join_all(networks.iter().map(|network| network.wait_ready(peers, reachable))).await?;
     let ready_ms = milliseconds(start.elapsed());

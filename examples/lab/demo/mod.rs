@@ -16,6 +16,7 @@ pub mod breakage;
 pub mod cluster;
 pub mod error;
 pub mod finding;
+pub mod masquerade;
 pub mod node_state;
 pub mod pod_network;
 pub mod proofs;
@@ -25,6 +26,7 @@ pub use backend::{Crossing, DemoBackend};
 pub use cluster::{Cluster, DemoSpec};
 pub use error::DemoError;
 pub use finding::{Audience, Finding, Outcome, Part, Seen, Stage};
+pub use masquerade::Masquerade;
 
 use podnet::types::Family;
 

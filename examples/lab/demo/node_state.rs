@@ -1,4 +1,5 @@
-//! What a node's kernel holds, as lines that can be compared and printed: links, addresses, routes, neighbours, FDB, nexthop objects, tables.
+//! What a node's kernel holds, as lines that can be compared and printed: links, addresses, routes, neighbours, FDB, nexthop objects,
+//! firewall chains.
 //!
 //! It leaves out what moves by itself: interface indices, counters, entries that were learned, IPv6 link-local addresses.
 
@@ -9,7 +10,7 @@ use podnet::types::Family;
 use crate::cluster::forwarding;
 use crate::families::is_link_local;
 use crate::host::Neighbour;
-use crate::{Host, LabError, nexthops, services};
+use crate::{Host, LabError, firewall, nexthops};
 
 /// A set of lines, each one object of the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -31,7 +32,7 @@ impl NodeState {
                 }
             }
         }
-        state.0.extend(tables(host)?.0);
+        state.0.extend(rules(host)?.0);
         state.0.extend(nexthops::ids(host)?.iter().map(|id| format!("nexthop id {id}")));
         for setting in Family::BOTH.map(forwarding) {
             match host.sysctl(setting) {
@@ -107,9 +108,9 @@ pub async fn fdb(host: &Host, device: &str) -> Result<NodeState, LabError> {
     Ok(host.fdb(device).await?.iter().map(|entry| entry_line("fdb", entry, device)).collect())
 }
 
-/// The nftables tables.
-pub fn tables(host: &Host) -> Result<NodeState, LabError> {
-    Ok(services::tables(host)?.into_iter().map(|name| format!("table {name}")).collect())
+/// The nftables chains that do something, with how many rules are in them or lead there; and with them the tables.
+pub fn rules(host: &Host) -> Result<NodeState, LabError> {
+    Ok(firewall::chains(host)?.into_iter().map(|chain| format!("chain {chain}")).collect())
 }
 
 fn entry_line(what: &str, entry: &Neighbour, device: &str) -> String {

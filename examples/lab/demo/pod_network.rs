@@ -9,7 +9,7 @@ use podnet::subnet::memory::MemorySubnets;
 use podnet::{Overlay, Shutdown};
 use tokio::task::JoinHandle;
 
-use super::{DemoBackend, DemoError, service_network};
+use super::{DemoError, DemoSpec, service_network};
 use crate::{LabError, Node};
 
 /// How long an overlay may take to become ready. Seen: some 10 ms.
@@ -27,16 +27,16 @@ pub struct PodNetwork {
 
 impl PodNetwork {
     /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
-    pub async fn start(node: &Node, subnets: &MemorySubnets, backend: DemoBackend) -> Result<Self, DemoError> {
+    pub async fn start(node: &Node, subnets: &MemorySubnets, spec: DemoSpec) -> Result<Self, DemoError> {
         let namespace = node
             .netns()
             .fd()
             .try_clone_to_owned()
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
-        let mut builder = backend
-            .on(podnet::Node::builder(node.name(), subnets.clone()))
-            .network_namespace(NetworkNamespace::File(Arc::new(namespace)));
+        let builder = spec.backend.on(podnet::Node::builder(node.name(), subnets.clone()));
+        let namespace = NetworkNamespace::File(Arc::new(namespace));
+        let mut builder = spec.masquerade.on(builder.network_namespace(namespace))?;
         for family in node.addresses().families() {
             let network = service_network(family);
             let parsed = network.parse().map_err(|e| LabError::Invalid(format!("{network}: {e}")))?;

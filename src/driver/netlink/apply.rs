@@ -17,12 +17,14 @@ use super::nexthops::RouteKey;
 use super::observe;
 use super::requester::Trouble;
 use super::route::{self, Mode, Way};
-use super::wire::Messages;
+use super::wire::{Messages, number};
 use super::{ALIAS, Core, PROTOCOL, address};
 use crate::driver::{DriverError, Errno, UnitResult};
 use crate::plan::{Address, Fit, Key, Link, LinkKind, NextHop, Object, Route, Step, UnitPlan};
 use crate::types::{DeviceName, Family};
 
+/// So many routes are asked for one by one before one list of all is cheaper.
+const ASKED_ONE_BY_ONE: usize = 32;
 /// How often new nexthop ids are tried while others take them.
 const ID_TRIES: usize = 4;
 
@@ -360,6 +362,7 @@ impl<'a> Run<'a> {
 
     /// Steps on neighbours, forwarding entries and routes, of a unit at most one.
     async fn batch(&mut self, steps: Vec<(usize, &'a Step)>) {
+        let steps = self.leave_taken(steps).await;
         let objects = self.objects(&steps).await;
         let mut messages = Messages::new();
         let mut sent = Vec::with_capacity(steps.len());
@@ -381,6 +384,62 @@ impl<'a> Run<'a> {
         if !contested.is_empty() {
             self.contest(contested, &objects).await;
         }
+    }
+
+    /// Leaves out the replacements of IPv4 routes whose place somebody else has taken since the last look: the kernel would replace
+    /// his, whatever its protocol. A few are asked for one by one, many by one list. (IPv6 replaces by nexthop and adds.)
+    async fn leave_taken(&mut self, steps: Vec<(usize, &'a Step)>) -> Vec<(usize, &'a Step)> {
+        let place = |step: &Step| match step {
+            Step::Replace {
+                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
+            }
+            | Step::Remake {
+                to: Object::Route(Route { destination: IpNetwork::V4(destination), metric, .. }), ..
+            } => Some((*destination, *metric)),
+            _ => None,
+        };
+        let asked: Vec<RouteKey> = steps.iter().filter_map(|(_, step)| place(step)).collect();
+        if asked.is_empty() {
+            return steps;
+        }
+        let mut there: HashMap<RouteKey, route::RawRoute> = HashMap::new();
+        let mut keep = |found: route::RawRoute| {
+            if let IpNetwork::V4(destination) = found.destination {
+                there.entry((destination, found.metric)).or_insert(found);
+            }
+        };
+        if asked.len() <= ASKED_ONE_BY_ONE {
+            for (destination, _) in &asked {
+                // No answer is no reason to hold back: the write will have its own.
+                let found = self.core.requester.ask(&mut route::get(*destination), route::decode);
+                found.into_iter().flatten().for_each(&mut keep);
+            }
+        } else if let Ok(all) = observe::routes(&mut self.core.requester, Family::V4).await {
+            all.into_iter().for_each(&mut keep);
+        }
+        let legacy = &self.core.legacy;
+        let flannels =
+            |raw: &route::RawRoute, step: &Step| raw.protocol == number::RTPROT_BOOT && legacy.contains(&step.key());
+        let (taken, left): (Vec<_>, Vec<_>) = steps.into_iter().partition(|(_, step)| {
+            let raw = place(step).and_then(|key| there.get(&key));
+            raw.is_some_and(|raw| raw.protocol != PROTOCOL && !flannels(raw, step))
+        });
+        if taken.is_empty() {
+            return left;
+        }
+        let links = observe::dump(&mut self.core.requester, "links", link::dump(), link::decode).await;
+        let names = Names::new(links.unwrap_or_default(), []);
+        for (unit, step) in taken {
+            if let Some(raw) = place(step).and_then(|key| there.get(&key)) {
+                let error = DriverError::InTheWay {
+                    attempted: step.to_string(),
+                    with: observe::describe(raw, &names),
+                    advice: observe::advice(raw),
+                };
+                self.settle(unit, Err(error));
+            }
+        }
+        left
     }
 
     /// Takes the kernel's answer for what it is.

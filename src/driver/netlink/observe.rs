@@ -143,7 +143,8 @@ pub(super) async fn dump<T>(
 /// renamed, or left by another configuration. What bears no mark can be ours by its name alone.
 pub(super) fn ours(link: &RawLink, scope: &Scope) -> Option<Owner> {
     let name = link.name.as_ref()?;
-    link.owner(scope.adopt).filter(|owner| *owner == Owner::Ours || scope.devices.contains(name))
+    let legacy = || link.vxlan.is_some_and(|vxlan| scope.adopts_device(name, vxlan.vni));
+    link.owner(scope.adopt).filter(|owner| *owner == Owner::Ours || scope.devices.contains(name) || legacy())
 }
 
 /// Whether a device is made by a backend's own driver, and marked by it.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnetwork::IpNetwork;
+use ipnetwork::{IpNetwork, Ipv4Network};
 
 use super::PROTOCOL;
 use super::wire::{Message, Messages, attributes, family_of, ip_of, number, u16_of, u32_of};
@@ -20,6 +20,7 @@ const RTA_NH_ID: u16 = 30;
 
 /// `RTM_F_CLONED`: an entry of the route cache.
 const RTM_F_CLONED: u32 = 0x200;
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 /// Whether a route may be there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +113,16 @@ pub(super) fn dump(family: u8) -> Messages {
     let fixed = [family, 0, 0, 0, number::RT_TABLE_MAIN, 0, 0, 0, 0, 0, 0, 0];
     let mut request = Messages::one(number::RTM_GETROUTE, number::NLM_F_DUMP, &fixed);
     request.attribute_u32(RTA_TABLE, number::RT_TABLE_MAIN.into());
+    request
+}
+
+/// Asks for the route of the table by which the kernel reaches the first address of a destination (`RTM_F_FIB_MATCH`, since
+/// 4.13): of destination itself, unless there is a more special one.
+pub(super) fn get(destination: Ipv4Network) -> Messages {
+    let [f0, f1, f2, f3] = RTM_F_FIB_MATCH.to_ne_bytes();
+    let fixed = [number::AF_INET, 32, 0, 0, 0, 0, 0, 0, f0, f1, f2, f3];
+    let mut request = Messages::one(number::RTM_GETROUTE, 0, &fixed);
+    request.attribute_ip(RTA_DST, destination.network().into());
     request
 }
 

@@ -8,7 +8,7 @@ use netlink_packet_core::{NlaBuffer, NlasIterator};
 
 /// The attributes of a message or of a nest, in order.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Attributes<'a>(Vec<(u16, &'a [u8])>);
+pub(in crate::driver) struct Attributes<'a>(Vec<(u16, &'a [u8])>);
 
 impl<'a> Attributes<'a> {
     /// Up to the first one that is malformed: the kernel sends none.
@@ -37,7 +37,7 @@ impl<'a> Attributes<'a> {
     }
 
     /// A text up to its NUL; what is not UTF-8 is replaced.
-    pub(super) fn text(&self, kind: u16) -> Option<String> {
+    pub(in crate::driver) fn text(&self, kind: u16) -> Option<String> {
         let bytes = self.get(kind)?;
         let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
         bytes.get(..end).map(|text| String::from_utf8_lossy(text).into_owned())

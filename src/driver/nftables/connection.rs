@@ -50,7 +50,7 @@ impl From<DriverError> for Failure {
 
 /// One message of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(in crate::driver) struct Answer {
     /// `NFT_MSG_*`.
     pub kind: u8,
     /// `NFPROTO_*`.
@@ -59,7 +59,7 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    pub(super) fn attributes(&self) -> Attributes<'_> {
+    pub(in crate::driver) fn attributes(&self) -> Attributes<'_> {
         Attributes::parse(&self.attributes)
     }
 }
@@ -219,7 +219,7 @@ impl Connection {
 
 /// A netlink message of whatever kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Frame<'a> {
+pub(in crate::driver) struct Frame<'a> {
     pub kind: u16,
     pub flags: u16,
     pub sequence: u32,
@@ -248,7 +248,7 @@ impl Frame<'_> {
 }
 
 /// The messages of a datagram, up to the first malformed one.
-pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Frame<'_>> {
+pub(in crate::driver) fn frames(datagram: &[u8]) -> impl Iterator<Item = Frame<'_>> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
         let message = NetlinkBuffer::new_checked(rest).ok()?;
@@ -266,7 +266,7 @@ pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Frame<'_>> {
 }
 
 /// A message of nf_tables; `None` for any other.
-pub(super) fn answer(kind: u16, payload: &[u8]) -> Option<Answer> {
+pub(in crate::driver) fn answer(kind: u16, payload: &[u8]) -> Option<Answer> {
     let [subsystem, kind] = kind.to_be_bytes();
     let (family, attributes) = (*payload.first()?, payload.get(4..)?);
     (u16::from(subsystem) == SUBSYSTEM).then(|| Answer { kind, family, attributes: attributes.to_vec() })

@@ -12,9 +12,9 @@ use crate::plan::{Domain, Key};
 use crate::types::Family;
 
 /// `NFNLGRP_NFTABLES`.
-pub(super) const GROUP: u32 = 7;
+pub(in crate::driver) const GROUP: u32 = 7;
 /// Room for about 2 500 rules.
-pub(super) const RECEIVE_BUFFER: usize = 1 << 20;
+pub(in crate::driver) const RECEIVE_BUFFER: usize = 1 << 20;
 const NFT_MSG_DELTABLE: u8 = 2;
 const NFT_MSG_NEWCHAIN: u8 = 3;
 const NFT_MSG_DELCHAIN: u8 = 5;

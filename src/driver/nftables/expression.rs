@@ -23,7 +23,7 @@ pub(super) const META_MARK: u32 = 3;
 /// `NFT_META_NFPROTO`.
 pub(super) const META_NFPROTO: u32 = 15;
 /// `NFT_PAYLOAD_NETWORK_HEADER`.
-pub(super) const NETWORK_HEADER: u32 = 1;
+pub(in crate::driver) const NETWORK_HEADER: u32 = 1;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 const FULLY_RANDOM: u32 = 1 << 4;
 /// `NFTA_MASQ_FLAGS`.
@@ -36,7 +36,7 @@ const NFT_RETURN: u32 = -5i32 as u32;
 
 /// One instruction.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Expression {
+pub(in crate::driver) enum Expression {
     /// Load a packet's meta data.
     Meta { key: u32 },
     /// Load bytes of the packet.
@@ -59,7 +59,7 @@ pub(super) enum Expression {
 
 /// What an immediate verdict says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum RuleVerdict {
+pub(in crate::driver) enum RuleVerdict {
     Accept,
     /// Reject counts as drop.
     Drop,
@@ -91,7 +91,7 @@ impl fmt::Display for Expression {
 }
 
 /// Where a family's header holds an address: offset, length.
-pub(super) fn address_field(family: Family, source: bool) -> (u32, u32) {
+pub(in crate::driver) fn address_field(family: Family, source: bool) -> (u32, u32) {
     match (family, source) {
         (Family::V4, true) => (12, 4),
         (Family::V4, false) => (16, 4),
@@ -101,7 +101,7 @@ pub(super) fn address_field(family: Family, source: bool) -> (u32, u32) {
 }
 
 /// The bytes of an address given as a number.
-pub(super) fn address_bytes(family: Family, number: u128) -> Vec<u8> {
+pub(in crate::driver) fn address_bytes(family: Family, number: u128) -> Vec<u8> {
     match family {
         Family::V4 => (number as u32).to_be_bytes().to_vec(),
         Family::V6 => number.to_be_bytes().to_vec(),
@@ -125,7 +125,7 @@ pub(super) fn width(family: Family) -> u8 {
 }
 
 /// The first `prefix` bits of an address.
-fn prefix_mask(family: Family, prefix: u8) -> u128 {
+pub(in crate::driver) fn prefix_mask(family: Family, prefix: u8) -> u128 {
     let host_bits = u32::from(width(family).saturating_sub(prefix));
     let all = u128::MAX >> (128 - u32::from(width(family)));
     all & u128::MAX.checked_shl(host_bits).unwrap_or(0)

@@ -20,11 +20,11 @@ use crate::types::Family;
 /// How deep jumps nest: the kernel's own limit (`NFT_JUMP_STACK_SIZE`).
 const DEPTH: usize = 16;
 /// `NFPROTO_INET`: a table for both families.
-const INET: u8 = 1;
+pub(super) const INET: u8 = 1;
 
 /// Which packets are meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(in crate::driver) enum Direction {
     /// Their source is in the cluster network.
     From,
     /// Their destination is.
@@ -62,7 +62,7 @@ pub(super) fn concerns(proto: u8, family: Family) -> bool {
 
 /// Whether a base chain surely drops such packets. `rules` reads the rules of a chain of its table; `None`: that is too
 /// much work.
-pub(super) fn drops<E>(
+pub(in crate::driver) fn drops<E>(
     chain: &str,
     base: &Base,
     network: IpNetwork,

@@ -7,17 +7,18 @@
 //!
 //! Rules of others stay as they are. flannel's own tables (`ip flannel-ipv4`, `ip6 flannel-ipv6`) are deleted in the
 //! transaction that makes ours, if adoption is asked for, and reported if not. Chains that flannel's iptables mode left
-//! in iptables-nft's tables, and chains that drop the cluster's forwarded packets, are reported. What
-//! iptables-legacy holds is invisible to nftables.
+//! in iptables-nft's tables, and chains that drop the cluster's forwarded packets, are reported. Where those are a reason
+//! to use iptables instead, that is [`firewall`](super::firewall)'s to say. What iptables-legacy holds is invisible to
+//! nftables.
 
 mod attribute;
-mod connection;
-mod events;
-mod expression;
-mod forward;
-mod table;
+pub(super) mod connection;
+pub(super) mod events;
+pub(super) mod expression;
+pub(super) mod forward;
+pub(super) mod table;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,7 +34,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use self::connection::{Connection, Failure};
 use self::expression::Expression;
-use self::forward::Direction;
+use self::forward::{Direction, INET};
 use self::table::{ChainSeen, Contents, POLICY_ACCEPT, RuleSeen, SetSeen, TableSeen, flannel_table, proto};
 use super::{
     Change, ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult, notifications,
@@ -73,6 +74,20 @@ impl NftablesDriver {
         Ok(NftablesDriver { namespace: namespace.clone(), connection: Arc::new(Mutex::new(connection)), port })
     }
 
+    /// What [`Driver::observe`] tells, with what it says of iptables kept apart.
+    pub(super) async fn look(&self, scope: &Scope) -> Result<Look, DriverError> {
+        let scope = scope.clone();
+        self.with(OBSERVE, move |connection| again(OBSERVE, || observe(connection, &scope))).await
+    }
+
+    /// Whether a chain of our or of flannel's iptables mode is among iptables-nft's, in a family.
+    pub(super) async fn has_iptables_chains(&self, family: Family) -> Result<bool, DriverError> {
+        self.with(OBSERVE, move |connection| {
+            again(OBSERVE, || Ok(!flannel_iptables(&chains(connection)?, family).is_empty()))
+        })
+        .await
+    }
+
     /// Runs `work` with the connection, on a thread that may block.
     async fn with<T: Send + 'static>(
         &self,
@@ -95,8 +110,7 @@ impl Driver for NftablesDriver {
     }
 
     async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
-        let scope = scope.clone();
-        self.with(OBSERVE, move |connection| again(OBSERVE, || observe(connection, &scope))).await
+        self.look(scope).await.map(Look::whole)
     }
 
     async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
@@ -138,6 +152,26 @@ impl Driver for NftablesDriver {
 }
 
 const OBSERVE: &str = "observe the nftables rules";
+
+/// What was observed. What it has to say of iptables' own tables is another driver's affair where that one is in use.
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    pub observed: Observed,
+    /// Chains of our or of flannel's iptables mode.
+    pub iptables_chains: Vec<Conflict>,
+    /// Chains of iptables that drop what ours accepts.
+    pub iptables_drops: Vec<Conflict>,
+}
+
+impl Look {
+    /// All of it.
+    pub(super) fn whole(self) -> Observed {
+        let mut observed = self.observed;
+        observed.warnings.extend(self.iptables_chains);
+        observed.warnings.extend(self.iptables_drops);
+        observed
+    }
+}
 
 /// Does it until nobody else changed rules in between.
 fn again<T>(attempted: &str, mut work: impl FnMut() -> Result<T, Failure>) -> Result<T, DriverError> {
@@ -217,12 +251,13 @@ fn is_table(table: &TableSeen, family: Family, name: &str) -> bool {
     table.family == u8::from(proto(family)) && table.name == name
 }
 
-fn observe(connection: &mut Connection, scope: &Scope) -> Result<Observed, Failure> {
+fn observe(connection: &mut Connection, scope: &Scope) -> Result<Look, Failure> {
     let before = generation(connection, OBSERVE)?;
     let tables = tables(connection, OBSERVE)?;
     let chains = chains(connection)?;
-    let mut observed = Observed::default();
+    let mut look = Look::default();
     for family in Family::BOTH {
+        let observed = &mut look.observed;
         let flannel = tables.iter().any(|t| is_table(t, family, flannel_table(family)));
         let adopted = flannel && scope.adopt;
         match tables.iter().find(|t| is_table(t, family, Ruleset::TABLE)) {
@@ -240,19 +275,22 @@ fn observe(connection: &mut Connection, scope: &Scope) -> Result<Observed, Failu
         if flannel && !adopted {
             observed.warnings.push(flannel_beside(family));
         }
-        observed.warnings.extend(flannel_iptables(&chains, family));
+        look.iptables_chains.extend(flannel_iptables(&chains, family));
         let network = match family {
             Family::V4 => scope.networks.v4().map(|n| IpNetwork::from(*n)),
             Family::V6 => scope.networks.v6().map(|n| IpNetwork::from(*n)),
         };
         if let Some(network) = network {
-            observed.warnings.extend(dropping(connection, &chains, network)?);
+            for (iptables, warning) in dropping(connection, &chains, network)? {
+                let list = if iptables { &mut look.iptables_drops } else { &mut look.observed.warnings };
+                list.push(warning);
+            }
         }
     }
     if generation(connection, OBSERVE)? != before {
         return Err(Failure::Moved);
     }
-    Ok(observed)
+    Ok(look)
 }
 
 fn contents(
@@ -278,8 +316,13 @@ fn gone(failure: Failure) -> Failure {
     }
 }
 
-/// The base chains of others that drop packets of the cluster network on their way through.
-fn dropping(connection: &mut Connection, chains: &[ChainSeen], network: IpNetwork) -> Result<Vec<Conflict>, Failure> {
+/// The base chains of others that drop packets of the cluster network on their way through, each with whether it is in
+/// iptables' own table.
+fn dropping(
+    connection: &mut Connection,
+    chains: &[ChainSeen],
+    network: IpNetwork,
+) -> Result<Vec<(bool, Conflict)>, Failure> {
     let family = Family::of(network.ip());
     let mut found = Vec::new();
     for (chain, base) in forward::at_forward_hook(chains, family, Ruleset::TABLE) {
@@ -307,7 +350,7 @@ fn dropping(connection: &mut Connection, chains: &[ChainSeen], network: IpNetwor
             (false, true) => "to",
             (false, false) => continue,
         };
-        found.push(Conflict {
+        let warning = Conflict {
             object: Key::Ruleset(family),
             with: format!(
                 "the chain {} of the table {} {} (hook forward, priority {}, policy {})",
@@ -321,7 +364,8 @@ fn dropping(connection: &mut Connection, chains: &[ChainSeen], network: IpNetwor
                 "it drops forwarded packets {which} {network}, and no accept in another table overrules that: \
                  let it accept them (Docker: in the chain DOCKER-USER; firewalld: as a source of the zone trusted)"
             ),
-        });
+        };
+        found.push((chain.family != INET && chain.table == "filter", warning));
     }
     Ok(found)
 }

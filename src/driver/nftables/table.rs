@@ -22,9 +22,9 @@ use crate::masquerade::{Chain, Hook, Match, Rule, Ruleset};
 use crate::types::Family;
 
 /// `NF_INET_FORWARD`.
-pub(super) const HOOK_FORWARD: u32 = 2;
+pub(in crate::driver) const HOOK_FORWARD: u32 = 2;
 /// `NF_ACCEPT` and `NF_DROP` as policies.
-pub(super) const POLICY_ACCEPT: u32 = 1;
+pub(in crate::driver) const POLICY_ACCEPT: u32 = 1;
 const NFT_CHAIN_BASE: u32 = 1;
 /// Elements of a set in one message: an attribute holds less than 64 KiB.
 const ELEMENTS: usize = 512;
@@ -32,7 +32,7 @@ const ELEMENTS: usize = 512;
 const KEY_TYPES: [(Family, u32); 2] = [(Family::V4, 7), (Family::V6, 8)];
 
 /// The `NFPROTO_*` of a family.
-pub(super) fn proto(family: Family) -> NetfilterProtoFamily {
+pub(in crate::driver) fn proto(family: Family) -> NetfilterProtoFamily {
     match family {
         Family::V4 => NetfilterProtoFamily::IPv4,
         Family::V6 => NetfilterProtoFamily::IPv6,
@@ -336,7 +336,7 @@ pub(super) struct ChainSeen {
 
 /// What makes a chain a base chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Base {
+pub(in crate::driver) struct Base {
     /// `NF_INET_*`.
     pub hook: u32,
     pub priority: i32,

@@ -2,7 +2,7 @@
 
 mod foreign;
 mod hostile;
-mod traffic;
+pub(in crate::driver) mod traffic;
 
 use std::process::Command;
 use std::time::Duration;

@@ -55,14 +55,16 @@ impl Driver for FakeNetlink {
 fn observe(state: &State, scope: &Scope) -> Observed {
     let mut found = Observed::default();
     // A mark of ours tells under any name: renamed, or left by another configuration.
-    let names: BTreeSet<&DeviceName> = scope.devices.iter().chain(&scope.served).chain(state.our_devices()).collect();
+    let legacy =
+        state.links.iter().filter(|(name, link)| link_owner(scope, name, link).is_some()).map(|(name, _)| name);
+    let names: BTreeSet<&DeviceName> = scope.devices.iter().chain(&scope.served).chain(legacy).collect();
     for name in names {
         let Some(link) = state.links.get(name) else { continue };
         if is_served(scope, name, link) {
             observe_device(state, scope, name, &mut found);
             continue;
         }
-        match (link_owner(scope, link), plain_link(name, link)) {
+        match (link_owner(scope, name, link), plain_link(name, link)) {
             (Some(owner), Some(plain)) => {
                 found.objects.push((Object::Link(plain), owner));
                 observe_device(state, scope, name, &mut found);

@@ -33,9 +33,7 @@ pub(super) fn has_legacy_marks(route: &KernelRoute) -> bool {
 /// Whether a route leads over a device that is ours or to be ours.
 pub(super) fn over_our_device(state: &State, scope: &Scope, route: &KernelRoute) -> bool {
     let Some((name, link)) = route.next.device().and_then(|d| state.links.get_key_value(d)) else { return false };
-    link.is_ours()
-        || is_served(scope, name, link)
-        || (scope.devices.contains(name) && link_owner(scope, link).is_some())
+    link.is_ours() || is_served(scope, name, link) || link_owner(scope, name, link).is_some()
 }
 
 /// Whether a device is made by a backend's own driver, and marked by it.
@@ -43,13 +41,12 @@ pub(super) fn is_served(scope: &Scope, name: &DeviceName, link: &LinkState) -> b
     scope.served.contains(name) && link.alias.as_deref() == Some(ALIAS)
 }
 
-/// Whose a link is that bears a name of ours; `None`: somebody else's, in the way.
-pub(super) fn link_owner(scope: &Scope, link: &LinkState) -> Option<Owner> {
+/// Whose a link is; `None`: somebody else's, in the way if it bears a name of ours.
+pub(super) fn link_owner(scope: &Scope, name: &DeviceName, link: &LinkState) -> Option<Owner> {
     if link.is_ours() {
-        Some(Owner::Ours)
-    } else if link.vxlan.is_some() && link.alias.is_none() && (scope.adopt || link.unfinished) {
-        Some(Owner::Adoptable)
-    } else {
-        None
+        return Some(Owner::Ours);
     }
+    let vni = link.vxlan.as_ref().filter(|_| link.alias.is_none())?.vni.get();
+    let unfinished = link.unfinished && scope.devices.contains(name);
+    (scope.adopts_device(name, vni) || unfinished).then_some(Owner::Adoptable)
 }

@@ -1,8 +1,6 @@
 //! The fake kernel against the real one: the same random operations, ours and the world's, give the same answers, the same
 //! state, the same observation by the driver and the same plan. Without libtest, so that an ordinary user can run it too.
 
-mod real;
-
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -14,11 +12,11 @@ use podnet::plan::{
 };
 use podnet::testkit::kernel::{FakeKernel, KernelRoute, Operation, RouteMode, World};
 use podnet::types::{DeviceName, Family, MacAddr, Mtu, NodeName, Stack, Vni};
+use podnet_tests::real::world::Real;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
-use real::Real;
 
 /// What is done to both.
 #[derive(Debug, Clone)]

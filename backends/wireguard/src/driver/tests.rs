@@ -1,5 +1,6 @@
 //! The driver on devices in memory, and the same on the system's: the kernel's where it has WireGuard, else those of wireguard-go.
 
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -195,7 +196,14 @@ fn on_the_system(test: &str, psk: Option<PresharedKey>, body: impl FnOnce(&Syste
             println!("skipped: {test}: {reason}");
             return;
         }
-        body(&system, private.public_key(), &device);
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| body(&system, private.public_key(), &device)));
+        // Its daemon must not outlive a test that failed.
+        if let Ok(Some(link)) = system.find(&device.parse().unwrap()) {
+            let _ = system.delete(&link);
+        }
+        if let Err(panic) = outcome {
+            std::panic::resume_unwind(panic);
+        }
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);

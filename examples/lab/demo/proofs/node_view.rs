@@ -40,10 +40,10 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
         on_bridge.push(format!("{}/{}", nth(subnet, 1), subnet.prefix()));
         if let Some(device) = backend.device(family) {
             expected.insert(format!(
-                "{device}  {}/{whole}  mtu {} up  {}",
+                "{device}  {}/{whole}  mtu {} up{}",
                 subnet.network(),
                 cluster.mtu_of(family),
-                backend.made_with(address),
+                backend.made_with(address).map(|made| format!("  {made}")).unwrap_or_default(),
             ));
         }
     }

@@ -19,12 +19,12 @@ use super::*;
 use crate::driver::sysctl::SysctlDriver;
 use crate::plan::{Sysctl, SysctlName};
 
-const PORT: u16 = 4000;
+pub(in crate::driver) const PORT: u16 = 4000;
 
-struct Net {
+pub(in crate::driver) struct Net {
     node: NetworkNamespace,
-    pod: NetworkNamespace,
-    outside: NetworkNamespace,
+    pub(in crate::driver) pod: NetworkNamespace,
+    pub(in crate::driver) outside: NetworkNamespace,
 }
 
 async fn handle(namespace: &NetworkNamespace) -> Handle {
@@ -70,7 +70,7 @@ async fn wire(node: &Handle, name: &str, to: &NetworkNamespace) {
     node.link().set(far).execute().await.unwrap();
 }
 
-async fn net() -> Net {
+pub(in crate::driver) async fn net() -> Net {
     let net = Net {
         node: NetworkNamespace::File(Arc::new(isolated::own_namespace().unwrap())),
         pod: isolated::namespace(),
@@ -94,7 +94,7 @@ async fn net() -> Net {
     net
 }
 
-fn socket(namespace: &NetworkNamespace, address: &str, port: u16) -> UdpSocket {
+pub(in crate::driver) fn socket(namespace: &NetworkNamespace, address: &str, port: u16) -> UdpSocket {
     let address = SocketAddr::new(address.parse().unwrap(), port);
     let socket = namespace.run(move || UdpSocket::bind(address)).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
@@ -102,11 +102,15 @@ fn socket(namespace: &NetworkNamespace, address: &str, port: u16) -> UdpSocket {
 }
 
 /// Sends packets until one arrives, and tells from whom.
-fn source_seen(from: (&NetworkNamespace, &str), to: (&NetworkNamespace, &str), port: u16) -> IpAddr {
+pub(in crate::driver) fn source_seen(
+    from: (&NetworkNamespace, &str),
+    to: (&NetworkNamespace, &str),
+    port: u16,
+) -> IpAddr {
     within(Duration::from_secs(5), from, to, port).expect("a packet arrives")
 }
 
-fn within(
+pub(in crate::driver) fn within(
     patience: Duration,
     from: (&NetworkNamespace, &str),
     to: (&NetworkNamespace, &str),
@@ -125,7 +129,7 @@ fn within(
     None
 }
 
-fn ip(text: &str) -> IpAddr {
+pub(in crate::driver) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 

@@ -24,7 +24,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use podnet::driver::netlink::NetlinkDriver;
-use podnet::driver::{Driver, Errno, NetworkNamespace};
+use podnet::driver::{Driver, Errno};
 use podnet::plan::{Link, LinkKind, NextHop, Route, Vxlan};
 use podnet::testkit::kernel::{KernelRoute, Operation, RouteMode, World};
 use podnet::types::{DeviceName, Family, MacAddr};
@@ -34,23 +34,33 @@ use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 /// No device has it: the kernel says what it thinks of a missing one.
 const NO_DEVICE: u32 = 99_999;
 
+/// A namespace of its own, with a driver in it.
 #[derive(Debug)]
 pub struct Real {
     handle: rtnetlink::Handle,
     driver: Arc<NetlinkDriver>,
-    /// Keeps the namespace.
-    _netns: Netns,
+    netns: Netns,
 }
 
 type Answer = Result<(), Errno>;
+
+impl Default for Real {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Real {
     /// A new, empty namespace.
     pub fn new() -> Self {
         let netns = Netns::new("model").unwrap();
-        let file = netns.fd().try_clone_to_owned().unwrap();
-        let driver = NetlinkDriver::open(&NetworkNamespace::File(Arc::new(file))).unwrap();
-        Real { handle: netns.handle().unwrap(), driver: Arc::new(driver), _netns: netns }
+        let driver = NetlinkDriver::open(&super::namespace(&netns)).unwrap();
+        Real { handle: netns.handle().unwrap(), driver: Arc::new(driver), netns }
+    }
+
+    /// The namespace, which lives as long as this.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
     }
 
     async fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> Answer {
