@@ -17,8 +17,6 @@ use crate::{kernel, program, uapi};
 
 /// How long a daemon may take to notice that its device went up or away.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long one whose device is down may take to close its port.
-const CLOSING: Duration = Duration::from_millis(500);
 /// How long one whose device is gone may take to end.
 const DYING: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
@@ -156,9 +154,9 @@ impl WireGuardDevices for System {
                 })
             }
             Kind::User => {
-                let listens = device.up && uapi::read(name, None)?.port == port;
-                // A daemon whose device went down is about to close its sockets.
-                if !listens && !wait(CLOSING, || is_free(port)) {
+                // A daemon that could not have a port forgets it; one that has it keeps it while its device is down.
+                let listens = uapi::read(name, None)?.port == port;
+                if !listens && !is_free(port) {
                     return Err(port_in_use(name, port));
                 }
                 uapi::configure(name, &self.private_key, port)?;
