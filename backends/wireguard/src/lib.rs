@@ -50,3 +50,8 @@ pub use statistics::{PeerStatistics, Session};
 
 #[cfg(test)]
 mod tests;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
