@@ -199,6 +199,9 @@ impl PeerChange {
 ///
 /// The devices that are asked for are known to be ours, or to be taken over.
 pub(crate) trait WireGuardDevices: Debug + Send + Sync + 'static {
+    /// The public key of the private key that devices are given.
+    fn own_key(&self) -> PublicKey;
+
     /// The device of a name, whatever it is.
     fn find(&self, name: &DeviceName) -> Result<Option<Link>, DriverError>;
 

@@ -6,7 +6,7 @@
 //! as the published one, so that it is no drift, until another is published. After a restart nobody remembers what was published
 //! when, so that only a live session vouches for the other place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -33,9 +33,14 @@ pub(crate) struct WireGuardDriver {
     memory: Arc<Mutex<Memory>>,
 }
 
-/// Which endpoints peers were given, by device and key.
+/// What the driver knows beside what is there. All of it may be lost.
 #[derive(Debug, Clone, Default)]
-struct Memory(BTreeMap<(DeviceName, PublicKey), Told>);
+struct Memory {
+    /// Which endpoints peers were given, by device and key.
+    told: BTreeMap<(DeviceName, PublicKey), Told>,
+    /// Devices that were last seen unmarked and to be taken over.
+    adoptable: BTreeSet<DeviceName>,
+}
 
 /// What the device was told of a peer's place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +54,7 @@ impl Memory {
     /// The endpoint by which a peer is to be told: the one that was given where WireGuard may have learnt another since.
     fn endpoint(&mut self, device: &DeviceName, key: PublicKey, peer: &PeerState) -> Option<SocketAddr> {
         let is = peer.endpoint?;
-        let told = self.0.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false });
+        let told = self.told.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false });
         // Without a session nothing can have been learnt: somebody set it.
         if peer.last_handshake.is_some() { Some(told.endpoint) } else { Some(is) }
     }
@@ -62,7 +67,7 @@ impl Memory {
         is: Option<&PeerState>,
         published: SocketAddr,
     ) -> SocketAddr {
-        let told = self.0.insert((device.clone(), key), Told { endpoint: published, published: true });
+        let told = self.told.insert((device.clone(), key), Told { endpoint: published, published: true });
         let Some((peer, now)) = is.and_then(|peer| Some((peer, peer.endpoint?))) else { return published };
         let keeps = match (told, session(peer.last_handshake)) {
             (_, Session::Never) => false,
@@ -166,6 +171,7 @@ fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
 fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -> Result<Observed, DriverError> {
     let mut observed = Observed::default();
     let mut known = BTreeMap::new();
+    memory.adoptable.clear();
     for link in devices.list()? {
         let Ok(name) = link.name.parse::<DeviceName>() else { continue };
         let wanted = scope.served.contains(&name);
@@ -179,6 +185,9 @@ fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -
             }
             continue;
         };
+        if owner == Owner::Adoptable {
+            memory.adoptable.insert(name.clone());
+        }
         let state = devices.read(&link)?;
         let tunnel = Tunnel { public_key: state.public_key, port: state.port, mtu: link.mtu, up: link.up };
         observed.objects.push((Item::Device(name.clone(), tunnel).object(), owner));
@@ -201,7 +210,7 @@ fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -
         }
         known.insert(name, state);
     }
-    memory.0.retain(|(device, key), _| known.get(device).is_some_and(|state| state.peers.contains_key(key)));
+    memory.told.retain(|(device, key), _| known.get(device).is_some_and(|state| state.peers.contains_key(key)));
     Ok(observed)
 }
 
@@ -209,25 +218,37 @@ fn apply(devices: &dyn WireGuardDevices, memory: &mut Memory, units: &[UnitPlan]
     let mut results = vec![UnitResult { done: 0, failed: None }; units.len()];
     let mut batch = Vec::new();
     for (unit, result) in units.iter().zip(&mut results) {
-        match parse(unit) {
-            Err(error) => result.failed = Some(error),
-            // A device first, then what is on it: one after the other.
-            Ok(steps) if steps.iter().any(|step| matches!(step.item, Item::Device(..))) => {
-                for step in &steps {
-                    match one(devices, memory, step) {
-                        Ok(()) => result.done += 1,
-                        Err(error) => {
-                            result.failed = Some(error);
-                            break;
-                        }
-                    }
-                }
-            }
-            Ok(steps) => batch.push((steps, result)),
+        let mut part = Part { steps: parse(unit, &mut result.failed), result };
+        // A device first, then what is on it: one after the other.
+        if part.steps.iter().any(|step| matches!(step.item, Item::Device(..))) {
+            part.one_by_one(devices, memory);
+        } else {
+            batch.push(part);
         }
     }
     together(devices, memory, &mut batch);
     results
+}
+
+/// A unit on its way. Its result holds from the beginning what is wrong with the first step that cannot be read, if there is one: it
+/// stands when all before it was done.
+struct Part<'a> {
+    steps: Vec<Parsed>,
+    result: &'a mut UnitResult,
+}
+
+impl Part<'_> {
+    fn one_by_one(&mut self, devices: &dyn WireGuardDevices, memory: &mut Memory) {
+        for step in &self.steps {
+            match one(devices, memory, step) {
+                Ok(()) => self.result.done += 1,
+                Err(error) => {
+                    self.result.failed = Some(error);
+                    break;
+                }
+            }
+        }
+    }
 }
 
 /// A step with its object read.
@@ -236,38 +257,46 @@ struct Parsed {
     item: Item,
     /// It is to be gone.
     delete: bool,
-    /// It is known to stand unmarked where ours is to be.
-    take_over: bool,
 }
 
-fn parse(unit: &UnitPlan) -> Result<Vec<Parsed>, DriverError> {
-    let steps = unit.steps.iter().map(|step| {
+/// The steps of a unit, up to the first that cannot be read.
+fn parse(unit: &UnitPlan, failed: &mut Option<DriverError>) -> Vec<Parsed> {
+    let mut parsed = Vec::with_capacity(unit.steps.len());
+    for step in &unit.steps {
         let (object, delete): (&Object, bool) = match step {
             Step::Create(to) | Step::Replace { to, .. } | Step::Remake { to, .. } => (to, false),
             Step::Delete(object) => (object, true),
         };
-        let item = Item::of(object).map_err(|detail| DriverError::Unsupported {
-            attempted: format!("read a step for {}", object.key()),
-            detail,
-        })?;
-        Ok(Parsed { item, delete, take_over: matches!(step, Step::Replace { .. }) })
-    });
-    steps.collect()
+        match Item::of(object) {
+            Ok(item) => parsed.push(Parsed { item, delete }),
+            Err(detail) => {
+                let attempted = format!("read a step for {}", object.key());
+                *failed = Some(DriverError::Unsupported { attempted, detail });
+                break;
+            }
+        }
+    }
+    parsed
 }
 
 /// All units in one change of each device; where that is refused, in halves, so that one that cannot be keeps no other out.
-fn together(devices: &dyn WireGuardDevices, memory: &mut Memory, units: &mut [(Vec<Parsed>, &mut UnitResult)]) {
-    if units.is_empty() {
+fn together(devices: &dyn WireGuardDevices, memory: &mut Memory, parts: &mut [Part<'_>]) {
+    if parts.is_empty() {
         return;
     }
-    let steps = units.iter().flat_map(|(steps, _)| steps);
+    let steps = parts.iter().flat_map(|part| &part.steps);
     match change_peers(devices, memory, steps) {
-        Ok(()) => units.iter_mut().for_each(|(steps, result)| result.done = steps.len()),
-        Err(Trouble::OfDevice(error)) => units.iter_mut().for_each(|(_, result)| result.failed = Some(error.clone())),
-        Err(Trouble::OfPeers(error)) => match units {
-            [(_, result)] => result.failed = Some(error),
+        Ok(()) => parts.iter_mut().for_each(|part| part.result.done = part.steps.len()),
+        Err(Trouble::OfDevice(error)) => {
+            parts.iter_mut().filter(|part| !part.steps.is_empty()).for_each(|part| {
+                part.result.failed = Some(error.clone());
+            });
+        }
+        Err(Trouble::OfPeers(error)) => match parts {
+            [part] if part.steps.len() == 1 => part.result.failed = Some(error),
+            [part] => part.one_by_one(devices, memory),
             _ => {
-                let (first, second) = units.split_at_mut(units.len() / 2);
+                let (first, second) = parts.split_at_mut(parts.len() / 2);
                 together(devices, memory, first);
                 together(devices, memory, second);
             }
@@ -289,7 +318,7 @@ fn one(devices: &dyn WireGuardDevices, memory: &mut Memory, step: &Parsed) -> Re
             Some(link) if link.is_ours() || link.is_deserted() => devices.delete(&link),
             _ => Ok(()),
         },
-        Item::Device(name, tunnel) => make(devices, name, tunnel, step.take_over),
+        Item::Device(name, tunnel) => make(devices, name, tunnel, memory.adoptable.contains(name)),
         Item::Peer(..) | Item::Idle(..) => change_peers(devices, memory, [step]).map_err(|trouble| match trouble {
             Trouble::OfDevice(error) | Trouble::OfPeers(error) => error,
         }),
@@ -304,6 +333,10 @@ fn make(
     take_over: bool,
 ) -> Result<(), DriverError> {
     let attempted = || format!("make WireGuard device {name}");
+    if wanted.public_key != Some(devices.own_key()) {
+        let detail = "it is wanted with another key than this node's private one".to_owned();
+        return Err(DriverError::Unsupported { attempted: attempted(), detail });
+    }
     let mut there = devices.find(name)?;
     if let Some(deserted) = there.take_if(|link| link.is_deserted()) {
         devices.delete(&deserted)?;
@@ -368,7 +401,7 @@ impl Work {
     fn forget_idle(&mut self, memory: &mut Memory, device: &DeviceName, key: PublicKey) {
         if self.to.peers.get(&key).is_some_and(|peer| peer.allowed.is_empty()) {
             self.to.peers.remove(&key);
-            memory.0.remove(&(device.clone(), key));
+            memory.told.remove(&(device.clone(), key));
         }
     }
 }

@@ -69,6 +69,10 @@ impl World {
 }
 
 impl WireGuardDevices for Fake {
+    fn own_key(&self) -> PublicKey {
+        self.own
+    }
+
     fn find(&self, name: &DeviceName) -> Result<Option<Link>, DriverError> {
         Ok(self.world().links.iter().find(|link| link.name == name.as_str()).cloned())
     }

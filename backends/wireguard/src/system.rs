@@ -10,7 +10,7 @@ use podnet::types::DeviceName;
 
 use crate::device::{Changes, Kind, Link, State, WireGuardDevices};
 use crate::error::{IN_USE, io_error, port_in_use};
-use crate::keys::{PresharedKey, PrivateKey};
+use crate::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::links::{Links, Seen};
 use crate::options::Userspace;
 use crate::{kernel, program, uapi};
@@ -117,6 +117,10 @@ fn foreign(link: &Link) -> DriverError {
 }
 
 impl WireGuardDevices for System {
+    fn own_key(&self) -> PublicKey {
+        self.private_key.public_key()
+    }
+
     fn list(&self) -> Result<Vec<Link>, DriverError> {
         Ok(Links::open()?.list()?.into_iter().map(link).collect())
     }
@@ -155,11 +159,14 @@ impl WireGuardDevices for System {
             }
             Kind::User => {
                 // A daemon that could not have a port forgets it; one that has it keeps it while its device is down.
-                let listens = uapi::read(name, None)?.port == port;
-                if !listens && !is_free(port) {
+                let is = uapi::read(name, None)?;
+                if is.port != port && !is_free(port) {
                     return Err(port_in_use(name, port));
                 }
-                uapi::configure(name, &self.private_key, port)?;
+                // It would open its sockets anew.
+                if (is.port, is.public_key) != (port, Some(self.own_key())) {
+                    uapi::configure(name, &self.private_key, port)?;
+                }
                 // After the daemon's first answer: when it begins it sets one of its own.
                 let now = links.named(name)?.unwrap_or_else(|| device.clone());
                 links.set_mtu(&now, mtu)?;

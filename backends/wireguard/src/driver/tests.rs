@@ -410,7 +410,7 @@ fn where_wireguard_found_a_peer_by_itself_is_kept_until_another_place_is_publish
     // One that leaves is forgotten, and begins anew.
     rig.want(1, subnet(1), None);
     rig.converge();
-    assert!(rig.memory.0.is_empty());
+    assert!(rig.memory.told.is_empty());
 }
 
 #[test]
@@ -486,3 +486,5 @@ fn without_a_module_and_without_a_program_it_says_what_is_missing_and_what_can_b
     check(Userspace::Forbidden, &["wgnone", "load the module wireguard", "wireguard-go"]);
     check(Userspace::program("/nowhere/boringtun"), &["/nowhere/boringtun", "install it", "module"]);
 }
+
+mod conformance;

@@ -94,6 +94,13 @@ pub trait World: Debug + Send + Sync {
     /// Takes an object away, or spoils it, by somebody else's hand: not by the driver under trial. A setting is set to something else.
     async fn remove(&self, object: &Object) -> Result<(), String>;
 
+    /// Whether another object goes with one that is taken away. What is on a device of the netlink driver goes with it; which objects
+    /// of an own driver belong together, nobody else knows.
+    fn takes_along(&self, removed: &Object, other: &Object) -> bool {
+        let _ = (removed, other);
+        false
+    }
+
     /// Whether the driver's [hints](Driver::changes) can tell of such a removal: some things the kernel tells nobody.
     fn tells(&self, object: &Object) -> bool {
         let _ = object;
@@ -462,7 +469,8 @@ async fn repairs(stage: Stage) -> Result<(), String> {
         stage.world.remove(object).await.map_err(|e| format!("the fixture cannot remove {object}: {e}"))?;
         let seen = stage.observe().await?;
         ensure(!is_there(&seen, object), || format!("others took {object} away, and it is observed"))?;
-        let stays = objects.iter().filter(|other| *other != object && !dies_with(other, object));
+        let dies = |other: &Object| dies_with(other, object) || stage.world.takes_along(object, other);
+        let stays = objects.iter().filter(|other| *other != object && !dies(other));
         let stays: Vec<&Object> = stays.collect();
         if !matches!(object, Object::Link(_) | Object::Address(_)) {
             whole(&seen, stays.into_iter()).map_err(|e| format!("after others took {object} away: {e}"))?;
