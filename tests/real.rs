@@ -13,6 +13,7 @@ pub mod nft;
 pub mod privilege;
 pub mod stopwatch;
 pub mod storm;
+pub mod wireguard;
 pub mod world;
 
 use std::future::Future;
@@ -47,6 +48,14 @@ use stopwatch::Stopwatch;
 pub const DEVICE: &str = "flannel.1";
 /// What is promised of repairs.
 pub const SOON: Duration = Duration::from_secs(1);
+/// How many times slower than a machine of today this one is; what the tests promise and wait for is multiplied by it. 1 where nothing
+/// else is said, and that is what podnet's promises mean. Only `scripts/kernel-vm` says otherwise, of a machine that is emulated: there
+/// `PODNET_TEST_SLOWER` is set.
+pub fn slower(time: Duration) -> Duration {
+    let factor = std::env::var("PODNET_TEST_SLOWER").map_or(1, |text| text.parse().expect("a number"));
+    time * factor
+}
+
 /// What is waited for before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// `RTPROT_STATIC`: an operator's route.

@@ -1,0 +1,304 @@
+//! What encryption is worth where the kernel does it: nothing of a pod in plain text on the underlay whatever is broken, no packet lost over
+//! a restart, whole packets up to the MTU, and peers that move. On wireguard-go where the kernel has no WireGuard.
+//!
+//! Captures are the witness here, and the one that must find nothing is shown to find something once podnet's guard is gone.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use futures::TryStreamExt as _;
+use netlink_packet_route::route::{RouteHeader, RouteMessage, RouteProtocol, RouteType};
+use podnet::Shutdown;
+use podnet::subnet::SubnetError;
+use podnet::subnet::memory::Call;
+use podnet::types::{Family, Stack};
+use podnet_lab::cluster::{UNDERLAY_INTERFACE, gateway};
+use podnet_lab::probe::{Capture, Frame, PingOptions, PingStream, ping};
+use podnet_lab::{Host, LabSpec, Netns, Route, Underlay};
+use podnet_tests::real::wireguard::{Cluster, PATIENCE, skipped, wg};
+use podnet_tests::real::{self, DEVICE, connected, slower};
+use podnet_tests::{Running, spawn};
+use rtnetlink::RouteMessageBuilder;
+use tokio::task::JoinHandle;
+
+/// Datagrams from a pod to another, one a millisecond, whether they arrive or not. They end with this.
+struct Chatter(JoinHandle<()>);
+
+impl Chatter {
+    fn start(from: (&Netns, IpAddr), to: IpAddr) -> Chatter {
+        let socket = from.0.udp_socket(SocketAddr::new(from.1, 7001)).unwrap();
+        Chatter(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(slower(Duration::from_millis(1)));
+            loop {
+                ticks.tick().await;
+                // That nobody can be reached is what is looked at.
+                let _ = socket.send_to(b"a secret", SocketAddr::new(to, 7001)).await;
+            }
+        }))
+    }
+}
+
+impl Drop for Chatter {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A frame with an address of the cluster network outside: a packet of a pod that is not encrypted.
+fn is_plain(frame: &Frame) -> bool {
+    let pods = LabSpec::usual_networks(Stack::V4(()));
+    let inside = |address| matches!(address, IpAddr::V4(a) if pods.v4().is_some_and(|network| network.contains(a)));
+    frame.vxlan.is_some() || frame.ip.is_some_and(|ip| inside(ip.source) || inside(ip.destination))
+}
+
+fn is_sealed(frame: &Frame) -> bool {
+    frame.udp.is_some_and(|udp| (udp.source, udp.destination) == (51_820, 51_820))
+}
+
+async fn start_encrypted(cluster: &mut Cluster, index: usize) {
+    cluster.running[index] = Some(spawn(cluster.builder(index).require_encryption(true)).await);
+}
+
+/// Two nodes on which encryption is required, and that know each other.
+async fn encrypted() -> Cluster {
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    for index in 0..2 {
+        start_encrypted(&mut cluster, index).await;
+    }
+    for index in 0..2 {
+        cluster.node(index).until(connected(1)).await;
+    }
+    cluster
+}
+
+fn chatter(cluster: &Cluster) -> Chatter {
+    Chatter::start((cluster.pod(0).netns(), cluster.pod(0).ip()), cluster.pod(1).ip())
+}
+
+/// As a DHCP client does when the link is there again.
+async fn give_routes_of_the_underlay(host: &Host, source: IpAddr) {
+    let gateway = gateway(Family::V4);
+    let onto = Route::onto(gateway.into(), UNDERLAY_INTERFACE).from_dhcp(source, 100);
+    host.add_route(&onto).await.unwrap();
+    let default = Route::via("0.0.0.0/0".parse().unwrap(), gateway, UNDERLAY_INTERFACE);
+    host.add_route(&default.from_dhcp(source, 100)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_no_packet_of_a_pod_is_on_the_underlay_in_plain_text_whatever_is_broken() {
+    if skipped("nothing in plain text").await {
+        return;
+    }
+    let mut cluster = encrypted().await;
+    cluster.assert_pods_talk().await;
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
+    let _chatter = chatter(&cluster);
+    let (host, device) = (cluster.host(0).clone(), cluster.seats[0].device.clone());
+    let address = cluster.lab.nodes()[0].ip();
+    for _ in 0..3 {
+        host.delete_link(&device).await.unwrap();
+        cluster.assert_talk(0, 1).await;
+        host.set_down(&device).await.unwrap();
+        cluster.assert_talk(0, 1).await;
+        // Flushed routes, podnet's and the underlay's. Those of the pods' bridge are others'; the guard is next.
+        for route in of_main(&host).await.into_iter().filter(|r| r.header.protocol != RouteProtocol::Kernel) {
+            if !is_guard(&route) {
+                // Some go with others.
+                let _ = host.handle().route().del(route).execute().await;
+            }
+        }
+        give_routes_of_the_underlay(&host, address).await;
+        cluster.node(0).until(connected(1)).await;
+        cluster.assert_talk(0, 1).await;
+        delete_guard(&host).await;
+        cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    }
+    // A killed process, and its device goes too: nobody is there to repair it, and the guard stands.
+    cluster.running[0].take().unwrap().abort().await;
+    host.delete_link(&device).await.unwrap();
+    let refused =
+        ping(cluster.pod(0).netns(), cluster.pod(1).ip(), PingOptions { count: 20, ..PingOptions::default() });
+    assert_eq!(refused.await.unwrap().received, 0);
+    let report = capture.report();
+    let plain: Vec<&Frame> = report.frames.iter().filter(|f| is_plain(f)).collect();
+    assert!(plain.is_empty(), "{} packets, the first is {:?}", plain.len(), plain[0]);
+    assert!(report.frames.iter().filter(|f| is_sealed(f)).count() > 50, "it saw little");
+
+    // The same capture sees them once the guard is gone.
+    delete_guard(&host).await;
+    let leaked = capture.wait_for(PATIENCE, is_plain).await.unwrap();
+    assert_eq!(leaked.ip.unwrap().destination, cluster.pod(1).ip());
+}
+
+fn is_guard(route: &RouteMessage) -> bool {
+    route.header.kind == RouteType::BlackHole
+}
+
+async fn delete_guard(host: &Host) {
+    for route in of_main(host).await.into_iter().filter(is_guard) {
+        host.handle().route().del(route).execute().await.unwrap();
+    }
+}
+
+/// The IPv4 routes of the main table, in the order in which the kernel tells them.
+async fn of_main(host: &Host) -> Vec<RouteMessage> {
+    let any = RouteMessageBuilder::<Ipv4Addr>::new().build();
+    let all: Vec<RouteMessage> = host.handle().route().get(any).execute().try_collect().await.unwrap();
+    all.into_iter().filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_nothing_leaves_in_plain_text_before_the_overlay_is_up() {
+    if skipped("before it is up").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    cluster.subnets.faults().fail_next(Call::Acquire, usize::MAX, away.clone());
+    start_encrypted(&mut cluster, 0).await;
+    cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
+    let _chatter = chatter(&cluster);
+    let refused =
+        ping(cluster.pod(0).netns(), cluster.pod(1).ip(), PingOptions { count: 20, ..PingOptions::default() });
+    assert_eq!(refused.await.unwrap().received, 0);
+    assert!(!cluster.node(0).overlay.status().borrow().is_ready());
+    // And while it comes up.
+    cluster.subnets.faults().fail_next(Call::Watch, 0, away.clone());
+    cluster.subnets.faults().fail_next(Call::Acquire, 0, away);
+    start_encrypted(&mut cluster, 1).await;
+    cluster.node(0).until(connected(1)).await;
+    cluster.assert_talk(0, 1).await;
+    let report = capture.report();
+    let plain = report.frames.iter().find(|f| is_plain(f));
+    assert!(plain.is_none() && !report.frames.is_empty(), "{plain:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_what_an_unencrypted_overlay_left_is_gone_before_the_first_packet_is_sealed() {
+    if skipped("after VXLAN").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let mut vxlan: Vec<Running> = Vec::new();
+    for node in cluster.lab.nodes() {
+        vxlan.push(spawn(real::builder(node.name(), node.netns(), cluster.subnets.clone())).await);
+    }
+    for running in vxlan {
+        running.until(connected(1)).await;
+        running.abort().await;
+    }
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, is_plain).await.unwrap();
+    let _chatter = chatter(&cluster);
+    capture.wait_for(PATIENCE, |f| f.vxlan.is_some()).await.unwrap();
+
+    // While nobody knows of any lease yet.
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    start_encrypted(&mut cluster, 0).await;
+    cluster.eye(0).until_lacks(&[&format!("link {DEVICE} ")]);
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
+    cluster.subnets.faults().fail_next(Call::Watch, 0, away);
+    start_encrypted(&mut cluster, 1).await;
+    for index in 0..2 {
+        cluster.node(index).until(connected(1)).await;
+    }
+    cluster.assert_talk(0, 1).await;
+    let report = capture.report();
+    let plain = report.frames.iter().find(|f| is_plain(f) && f.direction == podnet_lab::probe::Direction::Out);
+    assert!(plain.is_none() && report.frames.iter().any(is_sealed), "{plain:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_17_pings_over_a_kill_and_a_restart_are_all_answered() {
+    if skipped("pings over a restart").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let keys = [(); 2].map(|()| podnet_wireguard::PrivateKey::generate());
+    for (index, key) in keys.iter().enumerate() {
+        cluster.seats[index].again(key.clone(), |backend| backend);
+    }
+    cluster.start_all().await;
+    cluster.assert_pods_talk().await;
+    let device = cluster.seats[0].device.clone();
+    let before = wg(cluster.netns(0), &device).2[&cluster.key(1).to_string()].clone();
+    assert!(before.handshake > 0, "{before:?}");
+    let options = PingOptions {
+        interval: slower(Duration::from_millis(1)),
+        timeout: slower(Duration::from_secs(1)),
+        ..PingOptions::default()
+    };
+    let there = PingStream::start(cluster.pod(0).netns(), cluster.pod(1).ip(), options).await.unwrap();
+    let back = PingStream::start(cluster.pod(1).netns(), cluster.pod(0).ip(), options).await.unwrap();
+    for kill in [true, false] {
+        let running = cluster.running[0].take().unwrap();
+        if kill {
+            running.abort().await;
+        } else {
+            running.overlay.shutdown(Shutdown::Keep).await.unwrap();
+        }
+        cluster.seats[0].again(keys[0].clone(), |backend| backend);
+        cluster.start(0).await;
+        cluster.assert_talk(0, 1).await;
+    }
+    for stream in [there, back] {
+        let report = stream.stop().await.unwrap();
+        assert!(report.sent > 20 && report.lost == 0, "{report:?}");
+    }
+    let after = wg(cluster.netns(0), &device).2[&cluster.key(1).to_string()].clone();
+    assert_eq!(after, before, "not even a new handshake");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_packet_of_the_mtu_passes_whole_and_one_byte_more_is_refused() {
+    if skipped("the MTU").await {
+        return;
+    }
+    let cluster = Cluster::running(2, Stack::V4(())).await;
+    cluster.assert_pods_talk().await;
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, is_sealed).await.unwrap();
+    let of = |ip_length| PingOptions {
+        ip_length,
+        dont_fragment: true,
+        timeout: slower(Duration::from_secs(1)),
+        ..PingOptions::default()
+    };
+    let whole = ping(cluster.netns(0), cluster.pod(1).ip(), of(1380)).await.unwrap();
+    assert!(whole.all_answered(), "{whole:?}");
+    let larger = ping(cluster.netns(0), cluster.pod(1).ip(), of(1381)).await.unwrap();
+    assert!(larger.received == 0 && larger.too_big.is_some_and(|refusal| refusal.by.is_none()), "{larger:?}");
+    // 20 of IPv4, 8 of UDP, 32 of WireGuard around 1380 bytes that are rounded up to the MTU at most: one packet of 1440 bytes.
+    let report = capture.report();
+    let longest = report.frames.iter().filter_map(|f| f.ip).map(|ip| ip.total_length).max();
+    assert_eq!((longest, report.fragments), (Some(1440), 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_whose_address_changes_unannounced_is_followed_and_not_put_back() {
+    if skipped("another address").await {
+        return;
+    }
+    let spec = LabSpec { nodes: 2, underlay: Underlay::Lan, ..LabSpec::default() };
+    let mut cluster = Cluster::on(spec, |_, backend| backend).await;
+    cluster.start_all().await;
+    cluster.assert_pods_talk().await;
+    let (device, key) = (cluster.seats[0].device.clone(), cluster.key(1).to_string());
+    let endpoint = || wg(cluster.netns(0), &device).2[&key].endpoint.clone();
+    let published = endpoint();
+    // Nobody on node 1 tells anyone.
+    cluster.node(1).overlay.shutdown(Shutdown::Keep).await.unwrap();
+    let (host, old) = (cluster.host(1), cluster.lab.nodes()[1].ip());
+    host.delete_address(UNDERLAY_INTERFACE, ipnetwork::IpNetwork::new(old, 24).unwrap()).await.unwrap();
+    host.add_address(UNDERLAY_INTERFACE, "10.240.0.231/24".parse().unwrap()).await.unwrap();
+    cluster.assert_talk(1, 0).await;
+    assert_eq!(endpoint(), "10.240.0.231:51820", "it was {published}");
+    cluster.assert_talk(0, 1).await;
+    for _ in 0..3 {
+        assert!(cluster.node(0).overlay.reconcile().await.unwrap().done.is_empty());
+    }
+    assert_eq!(endpoint(), "10.240.0.231:51820");
+    assert!(cluster.node(0).overlay.status().borrow().is_ready());
+    cluster.assert_talk(0, 1).await;
+}
