@@ -89,13 +89,13 @@ impl Seat {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let device = format!("w{}x{number}", std::process::id());
         let device_v6 = format!("{device}v6");
-        let backend = backend(netns, key, &device, &device_v6);
+        let backend = backend(key, &device, &device_v6);
         Seat { backend, device, device_v6 }
     }
 
     /// As if its process had been started anew: it remembers nothing.
     pub fn again(&mut self, key: PrivateKey, change: impl FnOnce(WireGuard) -> WireGuard) {
-        self.backend = change(backend(netns, key, &self.device, &self.device_v6));
+        self.backend = change(backend(key, &self.device, &self.device_v6));
     }
 
     /// Whether a daemon answers for its device.
@@ -104,10 +104,9 @@ impl Seat {
     }
 }
 
-fn backend(netns: &Netns, key: PrivateKey, device: &str, device_v6: &str) -> WireGuard {
+fn backend(key: PrivateKey, device: &str, device_v6: &str) -> WireGuard {
     let parse = |name: &str| name.parse::<DeviceName>().expect("a device name");
     WireGuard::new(key)
-        .network_namespace(namespace(netns))
         .userspace(Userspace::program(WIREGUARD_GO))
         .and_then(|backend| backend.device_names(parse(device), parse(device_v6)))
         .expect("valid options")
