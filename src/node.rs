@@ -307,6 +307,10 @@ impl NodeBuilder {
     /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
     /// configuration, or flannel, left are taken away at once, without waiting for the leases. The blackhole stays with
     /// [`Shutdown::Keep`](crate::Shutdown::Keep) and when the process is killed.
+    ///
+    /// What it does not cover yet: somebody else who takes away the blackhole and the device's routes in one stroke
+    /// (`ip route flush proto 112`) leaves the way over a default route open until the repair, some tens to hundreds of
+    /// milliseconds. A host firewall that drops the cluster network on the underlay's device closes it.
     pub fn require_encryption(mut self, required: bool) -> Self {
         self.require_encryption = required;
         self
