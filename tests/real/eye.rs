@@ -193,14 +193,30 @@ impl Eye {
         (0..lists).filter(|_| dump(&self.route, NEXTHOPS, &[0; 8]).is_none()).count()
     }
 
-    /// The events that the kernel could not put before those who listen to rtnetlink in the namespace.
-    pub fn overruns(&self) -> u64 {
+    /// How many events the kernel could not put before each that listens to rtnetlink in the namespace, by the inode of its socket.
+    ///
+    /// The table is of the whole machine, and a list of it that is cut through by others' sockets leaves some out or tells them twice:
+    /// so it is read a few times.
+    pub fn overruns(&self) -> HashMap<String, u64> {
+        const LOOKS: usize = 3;
         let read = || std::fs::read_to_string("/proc/thread-self/net/netlink");
-        let table = self.netns.run(read).expect("the namespace").expect("/proc/net/netlink");
-        // sk, Eth, Pid, Groups, Rmem, Wmem, Dump, Locks, Drops.
-        let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let listeners = lines.filter(|fields| fields[1] == "0" && fields[3] != "00000000");
-        listeners.map(|fields| fields[8].parse::<u64>().expect("a number")).sum()
+        let mut overruns = HashMap::new();
+        for _ in 0..LOOKS {
+            let table = self.netns.run(read).expect("the namespace").expect("/proc/net/netlink");
+            // sk, Eth, Pid, Groups, Rmem, Wmem, Dump, Locks, Drops, Inode.
+            let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+            for fields in lines.filter(|fields| fields[1] == "0" && fields[3] != "00000000") {
+                let drops: u64 = fields[8].parse().expect("a number");
+                let known: &mut u64 = overruns.entry(fields[9].to_owned()).or_default();
+                *known = drops.max(*known);
+            }
+        }
+        overruns
+    }
+
+    /// Whether any listener lost events since.
+    pub fn overrun_since(&self, before: &HashMap<String, u64>) -> bool {
+        self.overruns().iter().any(|(socket, drops)| drops > before.get(socket).unwrap_or(&0))
     }
 
     /// `None`: something moved meanwhile.
