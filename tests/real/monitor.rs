@@ -3,7 +3,7 @@
 use std::io;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::neighbour::NeighbourState;
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use netlink_packet_route::route::RouteAttribute;
 use netlink_sys::Socket;
 use podnet_lab::Netns;
@@ -40,7 +40,7 @@ impl Monitor {
         Monitor { route: open(0, &ROUTE_GROUPS), nft: open(12, &[NFT_GROUP]), device }
     }
 
-    /// What was told since the last call, as words: `NewRoute 10.42.1.0/24`.
+    /// What was told since the last call, as words: `NewRoute 10.42.1.0/24`; of a neighbour or a forwarding entry, all of it.
     pub fn events(&self) -> Vec<String> {
         let mut events = Vec::new();
         for message in drain(&self.route) {
@@ -64,8 +64,13 @@ impl Monitor {
         let mine = match message {
             NewLink(m) | DelLink(m) => m.header.index == self.device,
             NewAddress(m) | DelAddress(m) => m.header.index == self.device,
-            NewNeighbour(m) => m.header.ifindex == self.device && m.header.state == NeighbourState::Permanent,
-            DelNeighbour(m) => m.header.ifindex == self.device,
+            NewNeighbour(m) if m.header.state != NeighbourState::Permanent => false,
+            NewNeighbour(m) | DelNeighbour(m) => {
+                // Some kernels (6.12) tell of a forwarding entry twice: once as the VXLAN driver knows it, once without its destination.
+                let whole = m.attributes.iter().any(|a| matches!(a, NeighbourAttribute::Destination(_)));
+                let mine = m.header.ifindex == self.device && whole;
+                return mine.then(|| format!("{word} {:?} {:?}", m.header, m.attributes));
+            }
             NewRoute(m) | DelRoute(m) => {
                 let to = m.attributes.iter().find_map(|a| match a {
                     RouteAttribute::Destination(to) => Some(format!("{to:?}")),
