@@ -37,10 +37,11 @@ pub fn missing(test: &str) -> bool {
 /// An etcd of one member or more.
 #[derive(Debug)]
 pub struct Etcd {
-    folder: TempDir,
     members: Vec<Member>,
     more: Vec<String>,
     scheme: &'static str,
+    /// Goes last: a member that still lives would write into it while it is removed.
+    folder: TempDir,
 }
 
 #[derive(Debug)]
