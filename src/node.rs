@@ -305,12 +305,13 @@ impl NodeBuilder {
     /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
     /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
     /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
-    /// configuration, or flannel, left are taken away at once, without waiting for the leases. The blackhole stays with
-    /// [`Shutdown::Keep`](crate::Shutdown::Keep) and when the process is killed.
+    /// configuration, or flannel, left are taken away at once, without waiting for the leases. Once this node has its lease, a
+    /// rule of the packet filter, whatever the masquerade policy, drops what goes to pods of other nodes by any device but the
+    /// backend's ([`Hook::Seal`](crate::masquerade::Hook::Seal)). So neither flushed routes nor flushed rules let anything out; only
+    /// both in the same moment do, until they are repaired. Both stay with [`Shutdown::Keep`](crate::Shutdown::Keep) and when
+    /// the process is killed.
     ///
-    /// What it does not cover yet: somebody else who takes away the blackhole and the device's routes in one stroke
-    /// (`ip route flush proto 112`) leaves the way over a default route open until the repair, some tens to hundreds of
-    /// milliseconds. A host firewall that drops the cluster network on the underlay's device closes it.
+    /// A backend that encrypts without a device of its own has the blackhole alone.
     pub fn require_encryption(mut self, required: bool) -> Self {
         self.require_encryption = required;
         self

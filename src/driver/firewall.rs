@@ -21,7 +21,7 @@ use crate::types::Family;
 /// | | [`Nftables`](Self::Nftables) | [`Iptables`](Self::Iptables) |
 /// |---|---|---|
 /// | needs | `CONFIG_NF_TABLES` | the programs of iptables 1.8 or newer |
-/// | rules live in | a table of their own, `podnet` | `FLANNEL-FWD` and `FLANNEL-POSTRTG` |
+/// | rules live in | a table of their own, `podnet` | `FLANNEL-FWD`, `FLANNEL-POSTRTG`; `PODNET-SEAL` where encryption is required |
 /// | an accept of ours | counts in our table; a drop in another table wins | counts in `FORWARD` itself, against its policy too |
 /// | a list of networks | one rule | one rule a network |
 /// | a change by others is noticed | at once | at once (iptables-nft), within the check period (iptables-legacy) |
@@ -257,7 +257,6 @@ impl FirewallDriver {
         scope: &Scope,
     ) {
         if self.programs.is_none() {
-            unknown(chains);
             return;
         }
         let suspects = self.suspects(drivers, !chains.is_empty());
@@ -283,10 +282,7 @@ impl FirewallDriver {
                     );
                 }
             }
-            Err(error) => {
-                tracing::debug!(%error, "whose the chains in iptables are cannot be told");
-                unknown(chains);
-            }
+            Err(error) => tracing::debug!(%error, "whose the chains in iptables are cannot be told"),
         }
     }
 
@@ -423,13 +419,6 @@ impl Driver for FirewallDriver {
                 Ok(both.boxed())
             }
         }
-    }
-}
-
-/// Says of chains with flannel's names that they may be those of our iptables mode.
-fn unknown(chains: &mut [Conflict]) {
-    for warning in chains {
-        warning.with = warning.with.replacen("flannel's", "flannel's, or podnet's own,", 1);
     }
 }
 

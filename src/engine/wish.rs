@@ -8,7 +8,7 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 use super::Settings;
 use crate::admission::{Policy, Refusal, Reserved, judge_own};
-use crate::backend::{Backend, BackendError, Maker, NodeView, OfferContext, Underlay};
+use crate::backend::{Backend, BackendError, Device, Maker, NodeView, OfferContext, Underlay};
 use crate::driver::{HostRoute, HostView, Scope};
 use crate::lease::{BackendData, Endpoint, Lease, Offer};
 use crate::masquerade::MasqueradePolicy;
@@ -407,6 +407,16 @@ pub(super) fn stale(scope: &Scope, picture: &Picture) -> Vec<UnitPlan> {
     found.into_iter().map(delete).collect()
 }
 
+/// The devices by which pod packets may leave. None where a backend encrypts without a device of its own: what it sends cannot be
+/// told by that.
+fn encrypting(settings: &Settings, family: Family) -> Vec<DeviceName> {
+    let each: Vec<Vec<Device>> = settings.backends.iter().map(|backend| backend.devices(family)).collect();
+    if each.iter().any(Vec::is_empty) {
+        return Vec::new();
+    }
+    each.into_iter().flatten().map(|device| device.name).collect()
+}
+
 /// What this node itself needs, unit by unit.
 pub(super) fn node_units(settings: &Settings, masquerade: &MasqueradePolicy, view: &View) -> Vec<(Unit, Vec<Object>)> {
     let mut units = Vec::new();
@@ -436,10 +446,9 @@ pub(super) fn node_units(settings: &Settings, masquerade: &MasqueradePolicy, vie
             Unit::Devices(family),
             deaf.map(|device| sysctl(SysctlName::accept_ra(&device.name), "0")).collect(),
         ));
-        let rules = match family {
-            Family::V4 => view.networks.v4().zip(view.subnets.v4()).and_then(|(n, s)| masquerade.ruleset_v4(*n, *s)),
-            Family::V6 => view.networks.v6().zip(view.subnets.v6()).and_then(|(n, s)| masquerade.ruleset_v6(*n, *s)),
-        };
+        let sealed = if settings.require_encryption { encrypting(settings, family) } else { Vec::new() };
+        let own = of(&view.networks, family).zip(of(&view.subnets, family));
+        let rules = own.and_then(|(network, subnet)| masquerade.ruleset(network, subnet, &sealed));
         units.push((Unit::Firewall(family), rules.map(Object::Ruleset).into_iter().collect()));
     }
     units

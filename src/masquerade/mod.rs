@@ -7,6 +7,7 @@
 pub(crate) mod network;
 mod policy;
 mod ruleset;
+mod seal;
 #[cfg(test)]
 mod tests;
 

@@ -9,7 +9,7 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::Mark;
-use crate::types::Family;
+use crate::types::{DeviceName, Family};
 
 /// All firewall rules of one family.
 ///
@@ -82,15 +82,22 @@ pub struct Chain {
 pub enum Hook {
     /// Packets on their way through the host: type filter, priority 0.
     Forward,
+    /// Packets about to leave, forwarded ones and the host's own, by a device that is settled: type filter, priority 0. There where
+    /// encryption is required, and nowhere else.
+    Seal,
     /// The source address of the first packet of a connection: type nat, priority 100.
     Postrouting,
 }
 
 impl Hook {
+    /// All of them, in the order in which a packet meets them.
+    pub const ALL: [Hook; 3] = [Hook::Forward, Hook::Seal, Hook::Postrouting];
+
     /// The name of its chain.
     pub fn chain_name(self) -> &'static str {
         match self {
             Hook::Forward => "forward",
+            Hook::Seal => "seal",
             Hook::Postrouting => "postrouting",
         }
     }
@@ -129,6 +136,8 @@ pub enum Match {
     NotTo(IpNetwork),
     /// Its destination lies in one of the networks: sorted, disjoint.
     ToOneOf(Vec<IpNetwork>),
+    /// It leaves by the device.
+    By(DeviceName),
 }
 
 /// What happens to a packet.
@@ -144,6 +153,8 @@ pub enum Verdict {
         /// With a source port drawn at random.
         fully_random: bool,
     },
+    /// It goes no further.
+    Drop,
 }
 
 impl fmt::Display for Ruleset {
@@ -173,6 +184,7 @@ impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Hook::Forward => "type filter hook forward priority filter; policy accept;",
+            Hook::Seal => "type filter hook postrouting priority filter; policy accept;",
             Hook::Postrouting => "type nat hook postrouting priority srcnat; policy accept;",
         })
     }
@@ -202,6 +214,7 @@ impl fmt::Display for Match {
                 }
                 f.write_str(" }")
             }
+            Match::By(device) => write!(f, "oifname \"{device}\""),
         }
     }
 }
@@ -213,6 +226,7 @@ impl fmt::Display for Verdict {
             Verdict::Return => "return",
             Verdict::Masquerade { fully_random: true } => "masquerade fully-random",
             Verdict::Masquerade { fully_random: false } => "masquerade",
+            Verdict::Drop => "drop",
         })
     }
 }

@@ -35,6 +35,26 @@ fn the_rules_are_flannels_in_meaning_and_order() {
 }
 
 #[test]
+fn where_encryption_is_required_nothing_goes_to_other_nodes_but_by_a_device_that_encrypts() {
+    let (network, subnet) = ("10.42.0.0/16".parse().unwrap(), "10.42.3.0/24".parse().unwrap());
+    let devices = ["flannel-wg", "other0"].map(|name| name.parse().unwrap());
+    let expected = r#"table ip podnet {
+	comment "podnet: pod network masquerade and forwarding"
+	chain seal {
+		type filter hook postrouting priority filter; policy accept;
+		ip daddr 10.42.3.0/24 return comment "podnet: to this node's pods"
+		oifname "flannel-wg" return comment "podnet: encrypted"
+		oifname "other0" return comment "podnet: encrypted"
+		ip daddr 10.42.0.0/16 drop comment "podnet: encryption is required"
+	}
+}
+"#;
+    assert_eq!(MasqueradePolicy::off().ruleset(network, subnet, &devices).unwrap().to_string(), expected);
+    let whole = MasqueradePolicy::default().ruleset(network, subnet, &devices).unwrap();
+    assert_eq!(whole.chains().iter().map(|c| c.hook).collect::<Vec<_>>(), Hook::ALL);
+}
+
+#[test]
 fn ipv6_has_the_same_rules_with_its_own_networks() {
     let policy = MasqueradePolicy::default()
         .never_masquerade(["192.168.0.0/16".parse().unwrap(), "fd00::/8".parse().unwrap()])

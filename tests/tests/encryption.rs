@@ -7,6 +7,7 @@ use podnet::backend::{
     AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext, Underlay, Unreachable,
 };
 use podnet::lease::{BackendData, BackendKind, Endpoint};
+use podnet::masquerade::MasqueradePolicy;
 use podnet::plan::{NextHop, Object};
 use podnet::status::{ConditionKind, PeerState, Status};
 use podnet::subnet::SubnetError;
@@ -138,6 +139,22 @@ async fn invariant_10_whatever_is_deleted_behind_our_back_the_blackhole_stands_a
     eventually("all is back", || kernel.dump() == whole).await;
     kernel.ip_route_del("10.42.0.0/16".parse().unwrap(), None).unwrap();
     eventually("the blackhole too", || kernel.dump() == whole).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn invariant_10_a_rule_drops_what_leaves_by_another_device_whatever_the_policy_and_goes_with_the_state() {
+    const DROP: &str = "ip daddr 10.42.0.0/16 drop";
+    let (kernel, subnets) = (host(), store());
+    let running = running(&kernel, &subnets).await;
+    let rules = kernel.dump();
+    assert!(rules.contains("oifname \"flannel.7\" return") && rules.contains(DROP), "{rules}");
+    running.overlay.set_masquerade(MasqueradePolicy::off()).await.unwrap();
+    assert!(kernel.dump().contains(DROP), "no policy takes it away: {}", kernel.dump());
+    let report = running.overlay.shutdown(Shutdown::RemoveState).await.unwrap();
+    assert!(report.is_clean() && !kernel.dump().contains("drop"), "{report:?}");
+    let kernel = host();
+    let _plain = start(&kernel, &store()).await;
+    assert!(kernel.dump().contains("masquerade") && !kernel.dump().contains("drop"), "only where it is required");
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,7 +14,8 @@ use podnet::subnet::memory::Call;
 use podnet::types::{Family, Stack};
 use podnet_lab::cluster::{UNDERLAY_INTERFACE, gateway};
 use podnet_lab::probe::{Capture, Frame, PingOptions, PingStream, ping};
-use podnet_lab::{Host, LabSpec, Netns, Route, Underlay};
+use podnet_lab::{Host, LabSpec, Netns, Route, Underlay, wait_until};
+use podnet_tests::real::nft::{IPV4, commit, delete_table, rules};
 use podnet_tests::real::wireguard::{Cluster, PATIENCE, skipped, wg};
 use podnet_tests::real::{self, DEVICE, connected, slower};
 use podnet_tests::{Running, spawn};
@@ -124,10 +125,43 @@ async fn invariant_10_no_packet_of_a_pod_is_on_the_underlay_in_plain_text_whatev
     assert!(plain.is_empty(), "{} packets, the first is {:?}", plain.len(), plain[0]);
     assert!(report.frames.iter().filter(|f| is_sealed(f)).count() > 50, "it saw little");
 
-    // The same capture sees them once the guard is gone.
+    // The same capture sees them once both guards are gone.
     delete_guard(&host).await;
+    commit(cluster.netns(0), &[delete_table(IPV4, Some("podnet"))]);
     let leaked = capture.wait_for(PATIENCE, is_plain).await.unwrap();
     assert_eq!(leaked.ip.unwrap().destination, cluster.pod(1).ip());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_what_flushes_the_guard_with_the_route_that_it_guards_lets_nothing_out_in_plain_text() {
+    if skipped("flushed in one stroke").await {
+        return;
+    }
+    let cluster = encrypted().await;
+    cluster.assert_pods_talk().await;
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
+    let _chatter = chatter(&cluster);
+    let host = cluster.host(0).clone();
+    for _ in 0..10 {
+        // As `ip route flush proto 112` does; the default route stays, and would take what it finds.
+        let ours = of_main(&host).await.into_iter().filter(|r| u8::from(r.header.protocol) == 112);
+        let mut ours: Vec<RouteMessage> = ours.collect();
+        ours.sort_by_key(|route| !is_guard(route));
+        assert!(ours.len() > 1, "the guard and the route of the network: {ours:?}");
+        for route in ours {
+            let _ = host.handle().route().del(route).execute().await;
+        }
+        cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+        cluster.assert_talk(0, 1).await;
+        // And what flushes the rules finds the routes in place.
+        commit(cluster.netns(0), &[delete_table(IPV4, Some("podnet"))]);
+        let sealed = async || Ok(rules(cluster.netns(0), IPV4, "podnet").iter().any(|rule| rule.chain == "seal"));
+        wait_until("the seal to be back", PATIENCE, sealed).await.unwrap();
+    }
+    let report = capture.report();
+    let plain: Vec<&Frame> = report.frames.iter().filter(|f| is_plain(f)).collect();
+    assert!(plain.is_empty(), "{} packets, the first is {:?}", plain.len(), plain[0]);
+    assert!(report.frames.iter().filter(|f| is_sealed(f)).count() > 50, "it saw little");
 }
 
 fn is_guard(route: &RouteMessage) -> bool {

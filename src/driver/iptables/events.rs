@@ -1,13 +1,14 @@
 //! What the kernel tells about changed rules of iptables-nft, as hints. Of iptables-legacy it tells nothing.
 //!
-//! Worth a look is what touches the chains at our hooks, or ours, in the tables `filter` and `nat`; and a whole table that
+//! Worth a look is what touches the chains at our hooks, or ours, in their tables; and a whole table that
 //! goes. All else, as kube-proxy's thousands of rules, is passed over. What our own programs write is seen too: the look
 //! that follows finds nothing to do.
 
-use super::saved::{HOOKS, Place, place};
+use super::saved::{Place, place};
 use crate::driver::Change;
 use crate::driver::nftables::connection::{answer, frames};
 use crate::driver::nftables::table::proto;
+use crate::masquerade::Hook;
 use crate::plan::Domain;
 use crate::types::Family;
 
@@ -24,7 +25,7 @@ pub(super) fn changes_in(datagram: &[u8]) -> Vec<Change> {
             let Place { table: t, base, chain: c, .. } = place(hook);
             *t == table && (kind == NFT_MSG_DELTABLE || chain.is_some_and(|name| name == *base || name == *c))
         };
-        Family::BOTH.into_iter().any(|f| u8::from(proto(f)) == family) && HOOKS.into_iter().any(ours)
+        Family::BOTH.into_iter().any(|f| u8::from(proto(f)) == family) && Hook::ALL.into_iter().any(ours)
     };
     let seen = frames(datagram).filter_map(|frame| answer(frame.kind, frame.payload)).any(|message| {
         let attributes = message.attributes();

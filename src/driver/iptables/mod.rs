@@ -1,8 +1,8 @@
 //! The firewall rules by the programs of iptables, for hosts where nftables cannot serve, or where a chain of iptables
 //! drops what ours accepts: an accept in that same chain is the only one that counts.
 //!
-//! The rules of a family live in flannel's chains: `FLANNEL-FWD` of the table `filter`, `FLANNEL-POSTRTG` of `nat`. They
-//! are ours by the comments of their rules (`podnet: ...`). Chains and rules are looked at as a whole with `iptables-save`:
+//! The rules of a family live in flannel's chains: `FLANNEL-FWD` of the table `filter`, `FLANNEL-POSTRTG` of `nat`; and where
+//! encryption is required in `PODNET-SEAL` of `mangle`, the one table that may drop behind the choice of the device. They are ours by the comments of their rules (`podnet: ...`). Chains and rules are looked at as a whole with `iptables-save`:
 //! order, duplicates, and the rules that lead there. Whatever differs is put right by one `iptables-restore --noflush
 //! --wait` a family, in which a chain is exchanged inside one commit. What was written is read back. Rules of others
 //! are never named in that input.
@@ -19,7 +19,7 @@ mod ours;
 mod process;
 mod programs;
 mod rules;
-mod saved;
+pub(super) mod saved;
 #[cfg(test)]
 pub(super) mod tests;
 mod transaction;

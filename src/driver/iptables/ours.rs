@@ -7,7 +7,7 @@
 
 use super::line::{comment, words};
 use super::rules;
-use super::saved::{HOOKS, Place, Saved, SavedRule, ends_the_chain, place};
+use super::saved::{Place, Saved, SavedRule, ends_the_chain, place};
 use crate::masquerade::{Chain, Hook, Ruleset};
 use crate::plan::{Conflict, Key, Owner};
 use crate::types::Family;
@@ -29,7 +29,7 @@ pub(super) fn whose(saved: &Saved, hook: Hook) -> Whose {
         table.rules_of(chain).chain(saved.leading_to_ours(hook)).map(|rule| comment(&rule.words)).collect();
     if comments.is_empty() || comments.iter().flatten().any(|c| c.starts_with("podnet: ")) {
         Whose::Ours
-    } else if comments.iter().flatten().any(|c| c == flannel) {
+    } else if comments.iter().flatten().any(|c| Some(*c) == *flannel) {
         Whose::Flannels
     } else {
         Whose::Others
@@ -92,7 +92,7 @@ pub(super) fn find(family: Family, saved: &Saved, adopt: bool) -> Found {
     let mut chains = Vec::new();
     let mut unrecognised = Vec::new();
     let mut flannel = false;
-    for hook in HOOKS {
+    for hook in Hook::ALL {
         match whose(saved, hook) {
             Whose::Absent => {}
             Whose::Flannels if adopt => flannel = true,

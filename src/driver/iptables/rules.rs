@@ -11,7 +11,7 @@ use ipnetwork::IpNetwork;
 use super::line::quoted;
 use crate::masquerade::network::{canonical, network_of};
 use crate::masquerade::{Mark, Match, Rule, Verdict};
-use crate::types::Family;
+use crate::types::{DeviceName, Family};
 
 /// The lines of a rule, without `-A CHAIN`, in the order and the words of `iptables-save`.
 pub(super) fn write(rule: &Rule) -> Vec<String> {
@@ -40,7 +40,7 @@ fn line(rule: &Rule, one_of: Option<&IpNetwork>, comment: &str) -> String {
             let _ = write!(out, "{not}{option} {network} ");
         }
     };
-    let mut mark = String::new();
+    let (mut device, mut mark) = (String::new(), String::new());
     for condition in &rule.matches {
         match condition {
             Match::From(n) => address("", "-s", n),
@@ -52,6 +52,7 @@ fn line(rule: &Rule, one_of: Option<&IpNetwork>, comment: &str) -> String {
                     address("", "-d", n);
                 }
             }
+            Match::By(name) => device = format!("-o {name} "),
             Match::Marked(Mark { value, mask: u32::MAX }) => mark = format!("-m mark --mark {value:#x} "),
             Match::Marked(m) => mark = format!("-m mark --mark {m} "),
         }
@@ -61,8 +62,9 @@ fn line(rule: &Rule, one_of: Option<&IpNetwork>, comment: &str) -> String {
         Verdict::Return => "RETURN",
         Verdict::Masquerade { fully_random: true } => "MASQUERADE --random-fully",
         Verdict::Masquerade { fully_random: false } => "MASQUERADE",
+        Verdict::Drop => "DROP",
     };
-    format!("{out}{mark}-m comment --comment {} -j {verdict}", quoted(comment))
+    format!("{out}{device}{mark}-m comment --comment {} -j {verdict}", quoted(comment))
 }
 
 /// The rules of a chain's lines, each as its words; and the lines that are none of ours, in words.
@@ -124,7 +126,7 @@ struct List {
 
 impl List {
     fn goes_on(&self, next: &Line, comment: &str, all: usize) -> bool {
-        let same = |a: &Line, b: &Line| a.from == b.from && a.mark == b.mark && a.verdict == b.verdict;
+        let same = |a: &Line, b: &Line| (&a.from, &a.by, &a.mark, a.verdict) == (&b.from, &b.by, &b.mark, b.verdict);
         self.comment == comment && self.all == all && same(&self.first, next) && !matches!(next.to, Some((false, _)))
     }
 
@@ -142,6 +144,7 @@ impl List {
 struct Line {
     from: Option<(bool, IpNetwork)>,
     to: Option<(bool, IpNetwork)>,
+    by: Option<DeviceName>,
     mark: Option<Mark>,
     comment: String,
     verdict: Verdict,
@@ -155,7 +158,7 @@ impl Line {
     /// The conditions, in the order in which iptables-save prints them.
     fn conditions(&self, to: Option<Match>) -> Vec<Match> {
         let from = self.from.map(|(inside, n)| if inside { Match::From(n) } else { Match::NotFrom(n) });
-        [from, to, self.mark.map(Match::Marked)].into_iter().flatten().collect()
+        [from, to, self.by.clone().map(Match::By), self.mark.map(Match::Marked)].into_iter().flatten().collect()
     }
 
     fn plain(self) -> Rule {
@@ -165,7 +168,7 @@ impl Line {
 }
 
 fn parse(family: Family, words: &[String]) -> Option<Line> {
-    let (mut from, mut to, mut mark, mut comment) = (None, None, None, None);
+    let (mut from, mut to, mut by, mut mark, mut comment) = (None, None, None, None, None);
     let mut words = words.iter().map(String::as_str);
     let verdict = loop {
         let mut word = words.next()?;
@@ -176,6 +179,10 @@ fn parse(family: Family, words: &[String]) -> Option<Line> {
         let place = match (word, inside) {
             ("-s", _) => &mut from,
             ("-d", _) => &mut to,
+            ("-o", true) if by.is_none() => {
+                by = Some(device(words.next()?)?);
+                continue;
+            }
             ("-m", true) => {
                 match (words.next()?, words.next()?, words.next()?) {
                     ("mark", "--mark", value) if mark.is_none() => mark = Some(marked(value)?),
@@ -194,7 +201,7 @@ fn parse(family: Family, words: &[String]) -> Option<Line> {
         *place = Some((inside, network(family, words.next()?).filter(|n| n.prefix() > 0)?));
     };
     words.next().is_none().then_some(())?;
-    Some(Line { from, to, mark, comment: comment?, verdict })
+    Some(Line { from, to, by, mark, comment: comment?, verdict })
 }
 
 fn verdict(target: &str, option: Option<&str>) -> Option<Verdict> {
@@ -202,9 +209,16 @@ fn verdict(target: &str, option: Option<&str>) -> Option<Verdict> {
         ("ACCEPT", None) => Verdict::Accept,
         ("RETURN", None) => Verdict::Return,
         ("MASQUERADE", None) => Verdict::Masquerade { fully_random: false },
+        ("DROP", None) => Verdict::Drop,
         ("MASQUERADE", Some("--random-fully")) => Verdict::Masquerade { fully_random: true },
         _ => return None,
     })
+}
+
+/// The name of one device, in letters that mean nothing else to iptables: a plus at the end would stand for any rest.
+fn device(text: &str) -> Option<DeviceName> {
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    text.parse().ok().filter(|_| plain && !text.starts_with('-'))
 }
 
 /// A network without host bits.

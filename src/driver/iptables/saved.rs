@@ -1,4 +1,4 @@
-//! What `iptables-save` prints, as far as it concerns us: the chains of the tables `filter` and `nat`, and of their
+//! What `iptables-save` prints, as far as it concerns us: the chains of the tables `filter`, `mangle` and `nat`, and of their
 //! rules those that could be ours or keep ours from working.
 //!
 //! It is read line by line, so that kube-proxy's thousands of rules cost no memory.
@@ -14,40 +14,44 @@ const RULES: usize = 10_000;
 const OURS: usize = 100_000;
 
 /// Where the rules of a hook live.
-pub(super) struct Place {
+pub(in crate::driver) struct Place {
     pub table: &'static str,
     /// The chain at the hook.
     pub base: &'static str,
-    /// The chain of ours: flannel's name, so that neither works beside the other.
+    /// The chain of ours: flannel's name where it has one, so that neither works beside the other.
     pub chain: &'static str,
     /// The comment of the rule that leads there.
     pub jump: &'static str,
     /// The comment of flannel's rules.
-    pub flannel: &'static str,
+    pub flannel: Option<&'static str>,
 }
 
 /// The place of a hook.
-pub(super) const fn place(hook: Hook) -> &'static Place {
+pub(in crate::driver) const fn place(hook: Hook) -> &'static Place {
     match hook {
         Hook::Forward => &Place {
             table: "filter",
             base: "FORWARD",
             chain: "FLANNEL-FWD",
             jump: "podnet: forwarding of pod traffic",
-            flannel: "flanneld forward",
+            flannel: Some("flanneld forward"),
+        },
+        Hook::Seal => &Place {
+            table: "mangle",
+            base: "POSTROUTING",
+            chain: "PODNET-SEAL",
+            jump: "podnet: no pod traffic in plain text",
+            flannel: None,
         },
         Hook::Postrouting => &Place {
             table: "nat",
             base: "POSTROUTING",
             chain: "FLANNEL-POSTRTG",
             jump: "podnet: masquerading of pod traffic",
-            flannel: "flanneld masq",
+            flannel: Some("flanneld masq"),
         },
     }
 }
-
-/// The hooks in the order in which their tables are written.
-pub(super) const HOOKS: [Hook; 2] = [Hook::Forward, Hook::Postrouting];
 
 /// One rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,7 +67,7 @@ pub(super) struct SavedRule {
 pub(super) struct SavedTable {
     /// Chains, with their policy (`-` for those that are at no hook).
     pub chains: BTreeMap<String, String>,
-    /// Of `filter` all, up to [`RULES`]; of `nat`, those at our hook, in our chain, and those that lead there.
+    /// Of `filter` all, up to [`RULES`]; of the others, those at our hook, in our chain, and those that lead there.
     pub rules: Vec<SavedRule>,
     /// Rules were left out that concern others alone.
     pub cut: bool,
@@ -97,7 +101,7 @@ impl Saved {
             self.comment(comment);
         } else if let Some(table) = line.strip_prefix('*') {
             self.inside = true;
-            self.current = HOOKS.iter().map(|h| place(*h).table).find(|t| *t == table);
+            self.current = Hook::ALL.iter().map(|h| place(*h).table).find(|t| *t == table);
             if let Some(name) = self.current {
                 self.tables.entry(name).or_default();
             }
@@ -117,12 +121,13 @@ impl Saved {
 
     fn comment(&mut self, comment: &str) {
         if let Some(table) = comment.strip_prefix(" Table `").and_then(|t| t.split_once("' is incompatible")) {
-            self.unreadable.extend(HOOKS.iter().map(|h| place(*h).table).find(|t| *t == table.0));
+            self.unreadable.extend(Hook::ALL.iter().map(|h| place(*h).table).find(|t| *t == table.0));
         }
     }
 
     fn rule(&mut self, table: &'static str, chain: &str, text: &str) {
-        let Some(Place { base, chain: ours, .. }) = HOOKS.iter().map(|h| place(*h)).find(|p| p.table == table) else {
+        let Some(Place { base, chain: ours, .. }) = Hook::ALL.iter().map(|h| place(*h)).find(|p| p.table == table)
+        else {
             return;
         };
         let filter = table == place(Hook::Forward).table;

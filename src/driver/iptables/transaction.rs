@@ -2,13 +2,13 @@
 //!
 //! It names our chains, what is in them, and the rules that lead there; all else in these tables stays, as
 //! `--noflush` promises. `:CHAIN - [0:0]` makes a chain or empties it, and takes effect with the rest of its table at
-//! `COMMIT`: packets meet the old rules or the new ones. The two tables are committed one after the other.
+//! `COMMIT`: packets meet the old rules or the new ones. The tables are committed one after the other.
 
 use std::fmt::Write;
 
 use super::ours::{self, Way, Whose, jump, way, whose};
 use super::rules;
-use super::saved::{HOOKS, Place, Saved, place};
+use super::saved::{Place, Saved, place};
 use crate::masquerade::{Chain, Hook, Ruleset};
 use crate::plan::Conflict;
 use crate::types::Family;
@@ -26,7 +26,7 @@ pub(super) fn input(
     adopt: bool,
 ) -> Result<String, Box<Conflict>> {
     let mut out = String::new();
-    for hook in HOOKS {
+    for hook in Hook::ALL {
         let wanted = wish.and_then(|rules| rules.chains().iter().find(|chain| chain.hook == hook));
         match whose(saved, hook) {
             Whose::Others => return Err(Box::new(ours::others(family, hook))),

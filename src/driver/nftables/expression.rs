@@ -16,8 +16,12 @@ use netlink_packet_netfilter::nftables::{
 use super::attribute::Attributes;
 use crate::masquerade::network::{bits, network_of};
 use crate::masquerade::{Mark, Match, Rule, Verdict};
-use crate::types::Family;
+use crate::types::{DeviceName, Family};
 
+/// `NFT_META_OIFNAME`.
+const META_OIFNAME: u32 = 7;
+/// `IFNAMSIZ`: a name is compared with the zeros behind it, so that no longer one fits.
+const NAME: usize = 16;
 /// `NFT_META_MARK`.
 pub(super) const META_MARK: u32 = 3;
 /// `NFT_META_NFPROTO`.
@@ -150,6 +154,11 @@ pub(super) fn of_rule(family: Family, rule: &Rule, mut set: impl FnMut(&[IpNetwo
                 out.push(load(family, false));
                 out.push(Expression::Lookup { set: set(networks) });
             }
+            Match::By(device) => {
+                let mut value = device.as_str().as_bytes().to_vec();
+                value.resize(NAME, 0);
+                out.extend([Expression::Meta { key: META_OIFNAME }, Expression::Compare { equal: true, value }]);
+            }
         }
     }
     out.push(match rule.verdict {
@@ -158,6 +167,7 @@ pub(super) fn of_rule(family: Family, rule: &Rule, mut set: impl FnMut(&[IpNetwo
         Verdict::Masquerade { fully_random } => {
             Expression::Masquerade { flags: if fully_random { FULLY_RANDOM } else { 0 } }
         }
+        Verdict::Drop => Expression::Verdict(RuleVerdict::Drop),
     });
     out
 }
@@ -187,6 +197,7 @@ pub(super) fn to_rule(
     let verdict = match last {
         Expression::Verdict(RuleVerdict::Accept) => Verdict::Accept,
         Expression::Verdict(RuleVerdict::Return) => Verdict::Return,
+        Expression::Verdict(RuleVerdict::Drop) => Verdict::Drop,
         Expression::Masquerade { flags: 0 } => Verdict::Masquerade { fully_random: false },
         Expression::Masquerade { flags: FULLY_RANDOM } => Verdict::Masquerade { fully_random: true },
         _ => return None,
@@ -210,6 +221,12 @@ fn one_match(
         [Meta { key: META_MARK }, Mask(mask), Compare { equal: true, value }, ..] => {
             let native = |bytes: &[u8]| bytes.try_into().ok().map(u32::from_ne_bytes);
             Some((Match::Marked(Mark { value: native(value)?, mask: native(mask)? }), 3))
+        }
+        [Meta { key: META_OIFNAME }, Compare { equal: true, value }, ..] => {
+            let text = value.iter().position(|byte| *byte == 0).and_then(|end| value.get(..end))?;
+            let padded = value.len() == NAME && value.iter().skip(text.len()).all(|byte| *byte == 0);
+            let device: DeviceName = std::str::from_utf8(text).ok().filter(|_| padded)?.parse().ok()?;
+            Some((Match::By(device), 2))
         }
         [field, Lookup { set }, ..] if *field == load(family, false) => Some((Match::ToOneOf(sets(set)?), 2)),
         [field, Mask(mask), Compare { equal, value }, ..] => {

@@ -36,10 +36,11 @@ use self::connection::{Connection, Failure};
 use self::expression::Expression;
 use self::forward::{Direction, INET};
 use self::table::{ChainSeen, Contents, POLICY_ACCEPT, RuleSeen, SetSeen, TableSeen, flannel_table, proto};
+use super::iptables::saved::place;
 use super::{
     Change, ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult, notifications,
 };
-use crate::masquerade::Ruleset;
+use crate::masquerade::{Hook, Ruleset};
 use crate::plan::{Conflict, Domain, Key, Object, Owner, Step, UnitPlan};
 use crate::types::Family;
 
@@ -399,10 +400,11 @@ fn flannel_beside(family: Family) -> Conflict {
     }
 }
 
-/// What flannel's iptables mode left in iptables-nft's tables.
+/// What flannel's iptables mode, or ours, left in iptables-nft's tables.
 fn flannel_iptables(chains: &[ChainSeen], family: Family) -> Vec<Conflict> {
     let left = |c: &&ChainSeen| {
-        c.family == u8::from(proto(family)) && matches!(c.name.as_str(), "FLANNEL-FWD" | "FLANNEL-POSTRTG")
+        let ours = Hook::ALL.iter().any(|hook| place(*hook).chain == c.name);
+        ours && c.family == u8::from(proto(family))
     };
     let iptables = if family == Family::V4 { "iptables" } else { "ip6tables" };
     chains
@@ -410,7 +412,7 @@ fn flannel_iptables(chains: &[ChainSeen], family: Family) -> Vec<Conflict> {
         .filter(left)
         .map(|chain| Conflict {
             object: Key::Ruleset(family),
-            with: format!("flannel's chain {} of {iptables}, table {}", chain.name, chain.table),
+            with: format!("flannel's, or podnet's own, chain {} of {iptables}, table {}", chain.name, chain.table),
             advice: format!(
                 "its rules work beside podnet's: once flannel is gone, delete the rule that jumps to it, then \
                  `{iptables} -t {table} -F {name}` and `-X {name}`",

@@ -23,6 +23,8 @@ use crate::types::Family;
 
 /// `NF_INET_FORWARD`.
 pub(in crate::driver) const HOOK_FORWARD: u32 = 2;
+/// `NF_INET_POST_ROUTING`.
+const HOOK_POSTROUTING: u32 = 4;
 /// `NF_ACCEPT` and `NF_DROP` as policies.
 pub(in crate::driver) const POLICY_ACCEPT: u32 = 1;
 const NFT_CHAIN_BASE: u32 = 1;
@@ -196,7 +198,8 @@ fn fill(rules: &Ruleset) -> Vec<Change> {
 fn hook(hook: Hook) -> (u32, i32, &'static str) {
     match hook {
         Hook::Forward => (HOOK_FORWARD, 0, "filter"),
-        Hook::Postrouting => (4, 100, "nat"),
+        Hook::Seal => (HOOK_POSTROUTING, 0, "filter"),
+        Hook::Postrouting => (HOOK_POSTROUTING, 100, "nat"),
     }
 }
 
@@ -366,7 +369,7 @@ impl ChainSeen {
 
     /// Which chain of ours it is, exactly.
     fn as_ours(&self) -> Option<Hook> {
-        [Hook::Forward, Hook::Postrouting].into_iter().find(|h| {
+        Hook::ALL.into_iter().find(|h| {
             let (number, priority, kind) = hook(*h);
             let base = Base { hook: number, priority, kind: kind.to_owned(), policy: POLICY_ACCEPT };
             self.name == h.chain_name() && self.base.as_ref() == Some(&base) && self.flags & !NFT_CHAIN_BASE == 0
@@ -506,7 +509,7 @@ pub(super) fn fits(rules: &Ruleset) -> bool {
     }
     let is = |n: &IpNetwork| Family::of(n.ip()) == rules.family;
     rules.chains().iter().flat_map(|c| &c.rules).flat_map(|r| &r.matches).all(|m| match m {
-        Match::Marked(_) => true,
+        Match::Marked(_) | Match::By(_) => true,
         Match::From(n) | Match::NotFrom(n) | Match::To(n) | Match::NotTo(n) => is(n),
         Match::ToOneOf(networks) => networks.iter().all(is),
     })

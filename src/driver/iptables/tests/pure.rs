@@ -15,6 +15,7 @@ fn verdict() -> impl Strategy<Value = Verdict> {
         Just(Verdict::Accept),
         Just(Verdict::Return),
         any::<bool>().prop_map(|fully_random| Verdict::Masquerade { fully_random }),
+        Just(Verdict::Drop),
     ]
 }
 
@@ -30,10 +31,11 @@ fn rule(family: Family) -> impl Strategy<Value = Rule> {
         network(family).prop_map(|n| Some(Match::NotTo(n))),
         prop::collection::vec(network(family), 1..5).prop_map(|n| Some(Match::ToOneOf(n))),
     ];
+    let by = prop::option::of("[a-z0-9][a-zA-Z0-9._-]{1,14}".prop_map(|name| Match::By(name.parse().unwrap())));
     let mark = prop::option::of((any::<u32>(), prop_oneof![Just(u32::MAX), any::<u32>()]));
-    (from, to, mark, verdict(), "podnet: [ -~]{0,40}[!-~]").prop_map(|(from, to, mark, verdict, comment)| {
+    (from, to, by, mark, verdict(), "podnet: [ -~]{0,40}[!-~]").prop_map(|(from, to, by, mark, verdict, comment)| {
         let mark = mark.map(|(value, mask)| Match::Marked(Mark { value, mask }));
-        Rule { matches: [from, to, mark].into_iter().flatten().collect(), verdict, comment }
+        Rule { matches: [from, to, by, mark].into_iter().flatten().collect(), verdict, comment }
     })
 }
 
@@ -57,7 +59,7 @@ proptest! {
         v6 in prop::collection::vec(rule(Family::V6), 1..8),
     ) {
         let rules = if family == Family::V4 { v4 } else { v6 };
-        let chains = [Hook::Forward, Hook::Postrouting].map(|hook| Chain { hook, rules: rules.clone() });
+        let chains = Hook::ALL.map(|hook| Chain { hook, rules: rules.clone() });
         let rules = Ruleset::observed(family, chains.to_vec(), Vec::new(), false);
         prop_assert!(transaction::fits(&rules), "{rules}");
         let found = ours::find(family, &parsed(&printed(&rules)).finish().unwrap(), false);
@@ -122,6 +124,9 @@ fn what_iptables_would_not_read_back_is_not_written() {
         one(&[Match::From(NET_V6.parse().unwrap())], "podnet: another family"),
         one(&[Match::From(v4), Match::From(v4)], "podnet: two sources"),
         one(&[Match::To(v4), Match::From(v4)], "podnet: not in iptables' order"),
+        one(&[Match::By("wg+".parse().unwrap())], "podnet: a plus stands for any rest"),
+        one(&[Match::By("wg\"0".parse().unwrap())], "podnet: a quote in a name"),
+        one(&[Match::By("-wg".parse().unwrap())], "podnet: looks like an option"),
         one(&[Match::From(all)], "podnet: iptables leaves that out"),
         one(&[Match::NotFrom(all)], "podnet: nftables refuses that"),
         one(&[Match::ToOneOf(Vec::new())], "podnet: an empty list"),

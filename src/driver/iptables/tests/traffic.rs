@@ -1,7 +1,7 @@
 //! Packets between namespaces: which of them get through, and which source the receiver sees.
 
 use super::*;
-use crate::driver::nftables::tests::traffic::{PORT, ip, net, socket, source_seen, within};
+use crate::driver::nftables::tests::traffic::{PORT, ip, net, nothing_gets_past_the_seal, socket, source_seen, within};
 
 #[test]
 fn a_policy_of_drop_lets_pods_through_with_our_rules_and_only_with_them() {
@@ -65,5 +65,17 @@ fn a_replacement_under_traffic_lets_no_packet_out_unmasqueraded_and_drops_none()
         sender.join().unwrap();
         assert_eq!(counter.join().unwrap(), PACKETS);
         assert!(replaced > 3, "{replaced}");
+    });
+}
+
+#[test]
+fn sealed_nothing_goes_to_pods_of_other_nodes_but_by_a_device_that_encrypts() {
+    each(async |tools: Tools| {
+        let driver = tools.driver().await;
+        nothing_gets_past_the_seal(&driver, async |rules| {
+            assert_eq!(seen(&driver, Family::V4, &scope()).await, Some((rules, Owner::Ours)));
+        })
+        .await;
+        assert!(!tools.saved(Family::V4).iter().any(|line| line.contains("PODNET-SEAL")), "it is gone with the rest");
     });
 }

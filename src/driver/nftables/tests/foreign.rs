@@ -225,8 +225,8 @@ fn chains_of_flannels_iptables_mode_are_reported_and_not_touched() {
         assert_eq!(
             with,
             [
-                "flannel's chain FLANNEL-FWD of iptables, table filter",
-                "flannel's chain FLANNEL-POSTRTG of iptables, table nat"
+                "flannel's, or podnet's own, chain FLANNEL-FWD of iptables, table filter",
+                "flannel's, or podnet's own, chain FLANNEL-POSTRTG of iptables, table nat"
             ]
         );
     });

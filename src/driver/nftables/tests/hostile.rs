@@ -54,11 +54,13 @@ fn rule(family: Family) -> impl Strategy<Value = Rule> {
         network(family).prop_map(Match::NotFrom),
         network(family).prop_map(Match::To),
         network(family).prop_map(Match::NotTo),
+        "[a-z][ -.0-9;-~&&[^ ]]{0,14}".prop_map(|name| Match::By(name.parse().unwrap())),
     ];
     let verdict = prop_oneof![
         Just(Verdict::Accept),
         Just(Verdict::Return),
         any::<bool>().prop_map(|fully_random| Verdict::Masquerade { fully_random }),
+        Just(Verdict::Drop),
     ];
     (prop::collection::vec(condition, 0..4), verdict, "[ -~]{0,100}").prop_map(|(matches, verdict, comment)| Rule {
         matches,
@@ -74,12 +76,9 @@ fn family() -> impl Strategy<Value = Family> {
 fn any_ruleset() -> impl Strategy<Value = Ruleset> {
     let rules = |family| prop::collection::vec(rule(family), 0..5);
     family().prop_flat_map(move |family| {
-        (rules(family), rules(family)).prop_map(move |(forward, postrouting)| {
-            let chains = vec![
-                Chain { hook: Hook::Forward, rules: forward },
-                Chain { hook: Hook::Postrouting, rules: postrouting },
-            ];
-            Ruleset::new(family, chains)
+        [rules(family), rules(family), rules(family)].prop_map(move |each| {
+            let chains = Hook::ALL.into_iter().zip(each).map(|(hook, rules)| Chain { hook, rules });
+            Ruleset::new(family, chains.collect())
         })
     })
 }

@@ -121,7 +121,8 @@ pub(in crate::driver) fn within(
     receiver.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
-        sender.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
+        // What a rule drops of the sender's own host, the sender is told.
+        let _ = sender.send_to(b"x", receiver.local_addr().unwrap());
         if let Ok((_, source)) = receiver.recv_from(&mut [0; 8]) {
             return Some(source.ip());
         }
@@ -194,6 +195,61 @@ fn only_what_leaves_the_cluster_network_is_masqueraded() {
         let elsewhere = (&net.pod, "10.42.8.2");
         assert_eq!(source_seen(outside, elsewhere, PORT), ip("10.42.3.1"), "outside to another node's pod");
     });
+}
+
+#[test]
+fn sealed_nothing_goes_to_pods_of_other_nodes_but_by_a_device_that_encrypts() {
+    isolated::test(async || {
+        let driver = driver();
+        nothing_gets_past_the_seal(&driver, async |rules| assert_eq!(seen(&driver, Family::V4).await, Some(rules)))
+            .await;
+        assert_eq!(seen(&driver, Family::V4).await, None);
+    });
+}
+
+/// What any driver of the firewall must make of a seal, with `is_read_back` to tell what it then observes.
+pub(in crate::driver) async fn nothing_gets_past_the_seal(
+    driver: &dyn Driver,
+    mut is_read_back: impl AsyncFnMut(Ruleset),
+) {
+    let net = net().await;
+    let (pod, outside, other) = ((&net.pod, "10.42.3.2"), (&net.outside, "192.0.2.2"), (&net.outside, "10.42.9.2"));
+    let replace = |from: Option<&Ruleset>, to: &Ruleset| {
+        let to = Object::Ruleset(to.clone());
+        match from {
+            None => Step::Create(to),
+            Some(from) => Step::Replace { from: Object::Ruleset(from.clone()), to },
+        }
+    };
+    let by = |device: &str| {
+        let (network, subnet) = (NET_V4.parse().unwrap(), "10.42.3.0/24".parse().unwrap());
+        MasqueradePolicy::default().ruleset(network, subnet, &[device.parse().unwrap()]).unwrap()
+    };
+    let (sealed, open) = (by("wg0"), by("ens4"));
+    let mut port = PORT;
+    let mut passes = |from: (&NetworkNamespace, &str), to: (&NetworkNamespace, &str), patience: u64| {
+        port += 1;
+        within(Duration::from_millis(patience), from, to, port)
+    };
+    let node = (&net.node, "10.42.3.1");
+    assert_eq!(passes(pod, other, 5000), Some(ip("10.42.3.2")), "without rules");
+    for (from, to) in [(None, &sealed), (Some(&sealed), &open), (Some(&open), &sealed)] {
+        let unit = UnitPlan { unit: Unit::Firewall(Family::V4), steps: vec![replace(from, to)] };
+        assert_eq!(driver.apply(&[unit]).await[0].failed, None);
+        is_read_back(to.clone()).await;
+        if *to == open {
+            assert_eq!(passes(pod, other, 5000), Some(ip("10.42.3.2")), "by a device that encrypts");
+            assert_eq!(passes(node, other, 5000), Some(ip("10.42.3.1")), "and what the node itself sends");
+            continue;
+        }
+        assert_eq!(passes(pod, other, 400), None, "a forwarded packet");
+        assert_eq!(passes(node, other, 400), None, "the node's own");
+        assert_eq!(passes(node, pod, 5000), Some(ip("10.42.3.1")), "to this node's pods all is as before");
+        assert_eq!(passes(outside, pod, 5000), Some(ip("192.0.2.2")), "from outside too");
+        assert_eq!(passes(pod, outside, 5000), Some(ip("192.0.2.1")), "and to the outside");
+    }
+    let unit = UnitPlan { unit: Unit::Firewall(Family::V4), steps: vec![Step::Delete(Object::Ruleset(sealed))] };
+    assert_eq!(driver.apply(&[unit]).await[0].failed, None);
 }
 
 #[test]
