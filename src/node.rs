@@ -44,6 +44,11 @@ const QUEUE: usize = 16;
 const SHORTEST_CHECK: Duration = Duration::from_secs(10);
 /// The longest: beyond it a check is none.
 const LONGEST_CHECK: Duration = Duration::from_secs(24 * 3600);
+/// How long before its end a lease is renewed unless something else is asked for: flannel's default.
+const RENEW_MARGIN: Duration = Duration::from_secs(3600);
+/// The least, and the most.
+const SHORTEST_MARGIN: Duration = Duration::from_secs(1);
+const LONGEST_MARGIN: Duration = Duration::from_secs(24 * 3600);
 
 /// What is done about a setting of the host (`/proc/sys`) that pods need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +105,7 @@ pub struct Node {
 /// | [`public_addresses`](Self::public_addresses) | the underlay's own |
 /// | [`require_encryption`](Self::require_encryption) | no |
 /// | [`check_period`](Self::check_period) | 10 s, also the least |
+/// | [`renew_margin`](Self::renew_margin) | an hour before the end of the lease |
 /// | [`driver`](Self::driver) | netlink, the firewall of that choice, `/proc/sys` |
 /// | [`clock`](Self::clock) | the system's |
 #[derive(Debug)]
@@ -122,6 +128,7 @@ pub struct NodeBuilder {
     public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     require_encryption: bool,
     check_period: Duration,
+    renew_margin: Duration,
     clock: Arc<dyn Clock>,
 }
 
@@ -146,6 +153,7 @@ impl Node {
             public: None,
             require_encryption: false,
             check_period: SHORTEST_CHECK,
+            renew_margin: RENEW_MARGIN,
             clock: Arc::new(SystemClock::new()),
         }
     }
@@ -323,6 +331,13 @@ impl NodeBuilder {
         self
     }
 
+    /// How long before its end this node's lease is renewed: up to a day, and at least 1 s. Of a lease that does not last longer than
+    /// that, a third. An outage of the store that is shorter than this costs no lease. Leases without end are not renewed.
+    pub fn renew_margin(mut self, margin: Duration) -> Self {
+        self.renew_margin = margin;
+        self
+    }
+
     /// Uses another clock, for tests.
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
@@ -362,6 +377,9 @@ impl NodeBuilder {
                 }
             }
         }
+        if !(SHORTEST_MARGIN..=LONGEST_MARGIN).contains(&self.renew_margin) {
+            problems.push(format!("a renewal margin of {:?} is given: 1 s to a day are allowed", self.renew_margin));
+        }
         if !(SHORTEST_CHECK..=LONGEST_CHECK).contains(&self.check_period) {
             problems.push(format!("a check period of {:?} is given: 10 s to a day are allowed", self.check_period));
         }
@@ -397,6 +415,7 @@ impl NodeBuilder {
                 public: self.public,
                 require_encryption: self.require_encryption,
                 check_period: self.check_period,
+                renew_margin: self.renew_margin,
                 clock: self.clock,
             },
             masquerade: self.masquerade,
@@ -443,6 +462,7 @@ fn starting(node: &NodeName) -> Status {
         more_conflicts: 0,
         warnings: Vec::new(),
         families: Vec::new(),
+        lease_left: None,
         counters: Counters::default(),
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! A [`Status`] has the size of the trouble, not of the cluster: peers that work are a number.
 
+mod counters;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -9,7 +11,10 @@ use std::time::Duration;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::Serialize;
 
+pub use counters::{Counters, StepCount, StepsByKind};
+
 use crate::admission::Refusal;
+use crate::driver::PeerSession;
 use crate::lease::{BackendKind, Precedence};
 use crate::plan::{Conflict, Route, Unit};
 use crate::types::{Family, Mtu, NodeName, Stack};
@@ -42,6 +47,9 @@ pub struct Status {
     pub warnings: Vec<Conflict>,
     /// Each family of this node's lease by itself: one that does not work leaves the other alone.
     pub families: Vec<FamilyStatus>,
+    /// What was left of this node's lease when this status was made, at most a check period ago; `None` without a lease, and for one
+    /// without end. A change of it, as of the counters, wakes nobody.
+    pub lease_left: Option<Duration>,
     /// Counters since the start.
     pub counters: Counters,
 }
@@ -64,17 +72,28 @@ impl Status {
             && self.families.iter().any(|f| f.family == family && f.state == ConditionState::Met)
     }
 
-    /// One line for a log: ready or the first reason why not, and the peers.
+    /// Why pods cannot talk, in a sentence: what failed comes before what only waits for it. `None` if they can.
+    pub fn why_not_ready(&self) -> Option<String> {
+        if self.is_ready() {
+            return None;
+        }
+        let not_met = |state: ConditionState| {
+            let conditions = self.conditions.iter().filter(move |c| c.state == state);
+            let conditions = conditions.map(|c| format!("{:?}: {}", c.kind, c.message));
+            let families = self.families.iter().filter(move |f| f.state == state);
+            conditions.chain(families.map(|f| format!("{}: {}", f.family, f.message))).next()
+        };
+        let why = not_met(ConditionState::Failed).or_else(|| not_met(ConditionState::Waiting));
+        Some(why.unwrap_or_else(|| format!("{:?}", self.phase).to_lowercase()))
+    }
+
+    /// One line for a log: ready or [why not](Self::why_not_ready), and the peers.
     pub fn summary(&self) -> String {
-        let condition = self.conditions.iter().find(|c| c.state != ConditionState::Met);
-        let family = || self.families.iter().find(|f| f.state != ConditionState::Met);
-        let not_met = condition.map(|c| format!("{:?}: {}", c.kind, c.message));
-        let not_met = not_met.or_else(|| family().map(|f| format!("{}: {}", f.family, f.message)));
-        let state = match (self.phase, not_met) {
+        let state = match (self.phase, self.why_not_ready()) {
             (Phase::Stopped, _) => "stopped".to_owned(),
+            (Phase::Starting, Some(why)) if why == "starting" => why,
             (_, Some(why)) => format!("not ready: {why}"),
-            (Phase::Starting, None) => "starting".to_owned(),
-            (Phase::Running, None) => "ready".to_owned(),
+            (_, None) => "ready".to_owned(),
         };
         let (conflicts, warnings) = (self.conflicts.len() + self.more_conflicts, self.warnings.len());
         let p = &self.peers;
@@ -245,6 +264,10 @@ pub struct PeerFamily {
     pub subnet: IpNetwork,
     /// How it is.
     pub state: PeerState,
+    /// What its tunnel tells of it, where [`Overlay::peers`](crate::Overlay::peers) was asked and the backend has one. A peer is
+    /// connected once it is in the kernel; whether it answers is here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<PeerSession>,
 }
 
 /// How a peer is in one family.
@@ -297,24 +320,6 @@ pub struct RouteInForce {
     pub route: Route,
     /// Who wanted it.
     pub unit: Unit,
-}
-
-/// Counters since the start; they never go down.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Counters {
-    /// Steps that the kernel acknowledged.
-    pub steps: u64,
-    /// Steps that the kernel refused.
-    pub failures: u64,
-    /// Steps that became necessary because something changed behind our back.
-    pub repaired: u64,
-    /// Whole observations.
-    pub checks: u64,
-    /// Lease events.
-    pub events: u64,
-    /// How long the last observation took; serialised as `secs` and `nanos`.
-    pub last_check: Duration,
 }
 
 /// What a convergence did.

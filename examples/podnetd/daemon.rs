@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use podnet::config::NetworkConfig;
-use podnet::status::{ConditionState, Status};
+use podnet::status::Status;
 use podnet::subnet::SubnetManager;
 use podnet::types::NodeName;
 use podnet::{Overlay, Shutdown};
@@ -23,7 +23,6 @@ use crate::node::Keys;
 use crate::options::Options;
 use crate::subnet_file::{self, State, Writes};
 use crate::systemd::Systemd;
-use crate::term::{Overheard, Term};
 use crate::{Problem, client, node, store};
 
 /// How often the store is asked for the network, as flanneld does.
@@ -40,7 +39,6 @@ const FAREWELL: Duration = Duration::from_secs(10);
 pub(crate) struct Shared {
     pub(crate) node: NodeName,
     pub(crate) started: SystemTime,
-    pub(crate) term: Arc<Term>,
     pub(crate) file: watch::Receiver<State>,
     pub(crate) writes: Arc<Writes>,
     overlay: OnceLock<Arc<dyn Overlay>>,
@@ -62,8 +60,8 @@ impl Shared {
             return Some(self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone());
         };
         let status = Arc::clone(&overlay.status().borrow());
-        if !status.is_ready() {
-            return Some(reason(&status));
+        if let Some(why) = status.why_not_ready() {
+            return Some(why);
         }
         match &*self.file.borrow() {
             State::Written => None,
@@ -100,19 +98,6 @@ impl Shared {
     }
 }
 
-/// Why an overlay is not ready, in one sentence: what failed comes before what only waits for it.
-pub(crate) fn reason(status: &Status) -> String {
-    let conditions = || status.conditions.iter().filter(|c| c.state != ConditionState::Met);
-    let failed = conditions().find(|c| c.state == ConditionState::Failed);
-    if let Some(condition) = failed.or_else(|| conditions().next()) {
-        return format!("{:?}: {}", condition.kind, condition.message);
-    }
-    match status.families.iter().find(|f| f.state != ConditionState::Met) {
-        Some(family) => format!("{}: {}", family.family, family.message),
-        None => format!("{:?}", status.phase).to_lowercase(),
-    }
-}
-
 /// SIGINT and SIGTERM.
 struct Signals(Signal, Signal);
 
@@ -134,7 +119,6 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let shared = Arc::new(Shared {
         node: name,
         started: SystemTime::now(),
-        term: Arc::default(),
         file,
         writes: Arc::default(),
         overlay: OnceLock::new(),
@@ -183,7 +167,6 @@ async fn keep_network(
     file_state: watch::Sender<State>,
     signals: &mut Signals,
 ) -> Result<(), Problem> {
-    let store = Overheard { store, term: Arc::clone(&shared.term) };
     let firewall = node::firewall(options, network)?;
     let builder =
         node::builder(options, &shared.node, store, firewall).backend(node::backend(options, network, Keys::Kept)?);
@@ -216,7 +199,7 @@ async fn log_changes(mut status: watch::Receiver<Arc<Status>>) {
         let (ready, now) = {
             let status = status.borrow_and_update();
             let (ready, p) = (status.is_ready(), &status.peers);
-            let state = if ready { "ready".to_owned() } else { format!("not ready: {}", reason(&status)) };
+            let state = status.why_not_ready().map_or("ready".to_owned(), |why| format!("not ready: {why}"));
             (ready, format!("{state}; {} of {} peers connected", p.connected, p.total))
         };
         if now != said {

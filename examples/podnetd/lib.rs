@@ -20,7 +20,6 @@ mod store;
 mod subnet_file;
 mod systemd;
 mod table;
-mod term;
 
 use std::ffi::OsString;
 use std::io::IsTerminal as _;

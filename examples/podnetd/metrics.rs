@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
-use podnet::status::{ConditionKind, ConditionState, PeerState, PeerStatus, Status};
+use podnet::driver::{PeerSession, SessionState};
+use podnet::status::{ConditionKind, ConditionState, PeerState, PeerStatus, Status, StepsByKind};
 use podnet::types::Family;
 
 /// What a peer can be, in one family.
@@ -28,12 +29,15 @@ pub(crate) struct Figures {
     pub(crate) conflicts: u64,
     pub(crate) warnings: u64,
     pub(crate) pod_mtu: Option<u32>,
-    pub(crate) steps: u64,
-    pub(crate) failures: u64,
+    pub(crate) steps: StepsByKind,
     pub(crate) repaired: u64,
     pub(crate) checks: u64,
     pub(crate) events: u64,
     pub(crate) last_check: Duration,
+    pub(crate) reconciles: u64,
+    pub(crate) reconciling: Duration,
+    /// Of peers that are in the kernel, by name and family.
+    pub(crate) sessions: Vec<(String, &'static str, PeerSession)>,
     pub(crate) lease_left: Option<Duration>,
     pub(crate) file_written: bool,
     pub(crate) file_writes: u64,
@@ -64,7 +68,13 @@ impl Figures {
         self.warnings = count(status.warnings.len());
         self.pod_mtu = status.pod_mtu.map(|mtu| mtu.bytes());
         let counters = &status.counters;
-        (self.steps, self.failures, self.repaired) = (counters.steps, counters.failures, counters.repaired);
+        (self.steps, self.repaired) = (counters.by_kind, counters.repaired);
+        (self.reconciles, self.reconciling) = (counters.reconciles, counters.reconciling);
+        let families =
+            peers.into_iter().flatten().flat_map(|peer| peer.families.iter().map(move |of| (&peer.node, of)));
+        let sessions = families.filter_map(|(node, of)| Some((node, of.family, of.session.clone()?)));
+        self.sessions = sessions.map(|(node, of, session)| (node.to_string(), family(of), session)).collect();
+        self.lease_left = status.lease_left;
         (self.checks, self.events, self.last_check) = (counters.checks, counters.events, counters.last_check);
     }
 
@@ -95,14 +105,20 @@ impl Figures {
         if let Some(mtu) = self.pod_mtu {
             page.one("podnet_pod_mtu_bytes", "gauge", "The MTU that pods should have.", f64::from(mtu));
         }
-        page.family("podnet_steps_total", "counter", "Changes of single kernel objects, by result.");
-        page.sample(&[("result", "done")], float(self.steps));
-        page.sample(&[("result", "failed")], float(self.failures));
+        page.family("podnet_steps_total", "counter", "Changes of single kernel objects, by kind and result.");
+        for (kind, count) in self.steps.iter() {
+            page.sample(&[("kind", kind), ("result", "done")], float(count.done));
+            page.sample(&[("kind", kind), ("result", "failed")], float(count.failed));
+        }
         let repaired = "Changes that became necessary because something changed behind podnet's back.";
         page.one("podnet_repaired_steps_total", "counter", repaired, float(self.repaired));
         page.one("podnet_checks_total", "counter", "Looks at everything in the kernel.", float(self.checks));
         let last = "How long the last look at everything took.";
         page.one("podnet_last_check_seconds", "gauge", last, self.last_check.as_secs_f64());
+        page.family("podnet_reconcile_seconds", "summary", "Rounds in which the kernel was brought in line.");
+        page.sample_of("_sum", &[], self.reconciling.as_secs_f64());
+        page.sample_of("_count", &[], float(self.reconciles));
+        self.tell_sessions(&mut page);
         page.one("podnet_lease_events_total", "counter", "Events of the store of leases.", float(self.events));
         if let Some(left) = self.lease_left {
             let help = "What is left of this node's lease; absent for a lease without end.";
@@ -114,6 +130,35 @@ impl Figures {
         page.sample(&[("result", "done")], float(self.file_writes));
         page.sample(&[("result", "failed")], float(self.file_failures));
         page.text
+    }
+
+    /// Nothing where no backend has tunnels.
+    fn tell_sessions(&self, page: &mut Page) {
+        if self.sessions.is_empty() {
+            return;
+        }
+        page.family("podnet_peer_sessions", "gauge", "Peers in the kernel by the session of their tunnel.");
+        for state in SessionState::ALL {
+            let count = self.sessions.iter().filter(|(.., session)| session.state == state).count();
+            page.sample(&[("session", state.as_str())], float(u64::try_from(count).unwrap_or(u64::MAX)));
+        }
+        let mut each = |name, kind, help, value: &dyn Fn(&PeerSession) -> Option<f64>| {
+            page.family(name, kind, help);
+            for (node, family, session) in &self.sessions {
+                if let Some(value) = value(session) {
+                    page.sample(&[("node", node), ("family", family)], value);
+                }
+            }
+        };
+        let handshake = "When a session was last agreed on, in seconds since 1970; absent for never.";
+        each("podnet_peer_last_handshake_seconds", "gauge", handshake, &|session| {
+            let since = session.last_handshake?.duration_since(UNIX_EPOCH).ok()?;
+            Some(since.as_secs_f64())
+        });
+        let received = "Bytes received from a peer, the tunnel's own included.";
+        each("podnet_peer_received_bytes_total", "counter", received, &|session| Some(float(session.received)));
+        let sent = "Bytes sent to a peer, the tunnel's own included.";
+        each("podnet_peer_sent_bytes_total", "counter", sent, &|session| Some(float(session.sent)));
     }
 }
 
@@ -130,10 +175,15 @@ impl Page {
     }
 
     fn sample(&mut self, labels: &[(&str, &str)], value: f64) {
+        self.sample_of("", labels, value);
+    }
+
+    /// A sample of one of the names that a family of a kind has.
+    fn sample_of(&mut self, suffix: &str, labels: &[(&str, &str)], value: f64) {
         let escaped = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
         let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
         let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-        let _ = writeln!(self.text, "{}{labels} {value}", self.name);
+        let _ = writeln!(self.text, "{}{suffix}{labels} {value}", self.name);
     }
 
     fn one(&mut self, name: &'static str, kind: &str, help: &str, value: f64) {
@@ -184,6 +234,18 @@ mod tests {
 
     #[test]
     fn the_text_is_prometheus_word_for_word() {
+        let mut steps = StepsByKind::default();
+        (steps.route.done, steps.route.failed, steps.link.done) = (12, 3, 1);
+        let session = |state, handshake: Option<u64>| PeerSession {
+            subnet: "10.42.1.0/24".parse().unwrap(),
+            device: "flannel-wg".parse().unwrap(),
+            identity: "a key".to_owned(),
+            endpoint: None,
+            state,
+            last_handshake: handshake.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds)),
+            received: 1480,
+            sent: 960,
+        };
         let figures = Figures {
             node: "a\"b\\c".to_owned(),
             version: "0.1.0",
@@ -195,12 +257,17 @@ mod tests {
             conflicts: 1,
             warnings: 2,
             pod_mtu: Some(1450),
-            steps: 12,
-            failures: 3,
+            steps,
             repaired: 4,
             checks: 5,
             events: 6,
             last_check: Duration::from_micros(1500),
+            reconciles: 7,
+            reconciling: Duration::from_millis(21),
+            sessions: vec![
+                ("n1".to_owned(), "ipv4", session(SessionState::Live, Some(1_700_000_100))),
+                ("n2".to_owned(), "ipv4", session(SessionState::Never, None)),
+            ],
             lease_left: Some(Duration::from_secs(86_000)),
             file_written: true,
             file_writes: 2,
@@ -235,10 +302,24 @@ podnet_warnings 2
 # HELP podnet_pod_mtu_bytes The MTU that pods should have.
 # TYPE podnet_pod_mtu_bytes gauge
 podnet_pod_mtu_bytes 1450
-# HELP podnet_steps_total Changes of single kernel objects, by result.
+# HELP podnet_steps_total Changes of single kernel objects, by kind and result.
 # TYPE podnet_steps_total counter
-podnet_steps_total{result="done"} 12
-podnet_steps_total{result="failed"} 3
+podnet_steps_total{kind="link",result="done"} 1
+podnet_steps_total{kind="link",result="failed"} 0
+podnet_steps_total{kind="address",result="done"} 0
+podnet_steps_total{kind="address",result="failed"} 0
+podnet_steps_total{kind="neighbour",result="done"} 0
+podnet_steps_total{kind="neighbour",result="failed"} 0
+podnet_steps_total{kind="fdb",result="done"} 0
+podnet_steps_total{kind="fdb",result="failed"} 0
+podnet_steps_total{kind="route",result="done"} 12
+podnet_steps_total{kind="route",result="failed"} 3
+podnet_steps_total{kind="sysctl",result="done"} 0
+podnet_steps_total{kind="sysctl",result="failed"} 0
+podnet_steps_total{kind="ruleset",result="done"} 0
+podnet_steps_total{kind="ruleset",result="failed"} 0
+podnet_steps_total{kind="custom",result="done"} 0
+podnet_steps_total{kind="custom",result="failed"} 0
 # HELP podnet_repaired_steps_total Changes that became necessary because something changed behind podnet's back.
 # TYPE podnet_repaired_steps_total counter
 podnet_repaired_steps_total 4
@@ -248,6 +329,26 @@ podnet_checks_total 5
 # HELP podnet_last_check_seconds How long the last look at everything took.
 # TYPE podnet_last_check_seconds gauge
 podnet_last_check_seconds 0.0015
+# HELP podnet_reconcile_seconds Rounds in which the kernel was brought in line.
+# TYPE podnet_reconcile_seconds summary
+podnet_reconcile_seconds_sum 0.021
+podnet_reconcile_seconds_count 7
+# HELP podnet_peer_sessions Peers in the kernel by the session of their tunnel.
+# TYPE podnet_peer_sessions gauge
+podnet_peer_sessions{session="never"} 1
+podnet_peer_sessions{session="live"} 1
+podnet_peer_sessions{session="stale"} 0
+# HELP podnet_peer_last_handshake_seconds When a session was last agreed on, in seconds since 1970; absent for never.
+# TYPE podnet_peer_last_handshake_seconds gauge
+podnet_peer_last_handshake_seconds{node="n1",family="ipv4"} 1700000100
+# HELP podnet_peer_received_bytes_total Bytes received from a peer, the tunnel's own included.
+# TYPE podnet_peer_received_bytes_total counter
+podnet_peer_received_bytes_total{node="n1",family="ipv4"} 1480
+podnet_peer_received_bytes_total{node="n2",family="ipv4"} 1480
+# HELP podnet_peer_sent_bytes_total Bytes sent to a peer, the tunnel's own included.
+# TYPE podnet_peer_sent_bytes_total counter
+podnet_peer_sent_bytes_total{node="n1",family="ipv4"} 960
+podnet_peer_sent_bytes_total{node="n2",family="ipv4"} 960
 # HELP podnet_lease_events_total Events of the store of leases.
 # TYPE podnet_lease_events_total counter
 podnet_lease_events_total 6

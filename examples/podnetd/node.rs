@@ -140,6 +140,7 @@ pub(crate) fn builder(
         .adopt_flannel(options.adopt_flannel)
         .ip_forward(options.host_settings)
         .router_advertisements(options.host_settings)
+        .renew_margin(options.renew_margin)
         .require_encryption(options.require_encryption);
     if let Some(public) = options.public {
         builder = builder.public_addresses(public);

@@ -95,6 +95,7 @@ pub(crate) struct Options {
     pub(crate) adopt_flannel: bool,
     pub(crate) host_settings: HostSetting,
     pub(crate) require_encryption: bool,
+    pub(crate) renew_margin: Duration,
     pub(crate) healthz: Option<SocketAddr>,
     pub(crate) socket: Option<PathBuf>,
     pub(crate) json: bool,
@@ -123,10 +124,15 @@ impl Options {
     }
 
     fn of(given: &Given, problems: &mut Problems) -> Option<Options> {
-        let margin = given.integer(flag::SUBNET_LEASE_RENEW_MARGIN);
-        if !(1..24 * 60).contains(&margin) {
-            problems.add(flag::SUBNET_LEASE_RENEW_MARGIN, format!("{margin} is out of range: 1 to 1439 minutes"));
-        }
+        let minutes = given.integer(flag::SUBNET_LEASE_RENEW_MARGIN);
+        let renew_margin = match u64::try_from(minutes) {
+            Ok(minutes) if (1..24 * 60).contains(&minutes) => Duration::from_secs(minutes * 60),
+            _ => {
+                let problem = format!("{minutes} is out of range: 1 to 1439 minutes");
+                problems.add(flag::SUBNET_LEASE_RENEW_MARGIN, problem);
+                Duration::ZERO
+            }
+        };
         let ip_masq = given.boolean(flag::IP_MASQ);
         let masquerade = MasqueradePolicy::default()
             .masquerade(ip_masq)
@@ -189,6 +195,7 @@ impl Options {
             adopt_flannel: given.boolean(flag::ADOPT_FLANNEL),
             host_settings,
             require_encryption: given.boolean(flag::REQUIRE_ENCRYPTION),
+            renew_margin,
             healthz,
             socket: given.text(flag::SOCKET).map(PathBuf::from),
             json: given.boolean(flag::JSON),
@@ -396,6 +403,7 @@ mod tests {
             UnderlayChoice::Reaching("10.240.0.1".parse().unwrap()),
         ]);
         assert_eq!(options.underlay, expected);
+        assert_eq!(options.renew_margin, Duration::from_secs(90 * 60));
         assert_eq!(options.public, Some(Stack::V4("203.0.113.7".parse().unwrap())));
         let policy = MasqueradePolicy::default().fully_random(false).forward_accept(false);
         assert_eq!((options.masquerade, options.ip_masq), (policy, true));

@@ -33,7 +33,10 @@ impl Row {
                 let state = metrics::state(&of.state);
                 let told = of.state.to_string();
                 // The state has a column of its own.
-                let detail = told.strip_prefix(state).unwrap_or(&told).trim_start_matches([':', ' ']).to_owned();
+                let mut detail = told.strip_prefix(state).unwrap_or(&told).trim_start_matches([':', ' ']).to_owned();
+                if let Some(session) = &of.session {
+                    detail += &format!(", {session}");
+                }
                 let (node, family) = (node.to_string(), of.family.to_string());
                 Row { node, family, subnet: of.subnet.to_string(), state: state.to_owned(), detail }
             })
@@ -76,7 +79,6 @@ impl Shared {
             version: env!("CARGO_PKG_VERSION"),
             started: self.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
             ready: self.not_ready().is_none(),
-            lease_left: self.term.left(),
             file_written: *self.file.borrow() == State::Written,
             file_writes: self.writes.done.load(Ordering::Relaxed),
             file_failures: self.writes.failed.load(Ordering::Relaxed),

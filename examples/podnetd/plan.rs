@@ -24,7 +24,7 @@ use serde::Serialize;
 
 use crate::node::Keys;
 use crate::options::Options;
-use crate::{Problem, daemon, node, store, subnet_file};
+use crate::{Problem, node, store, subnet_file};
 
 /// What is printed.
 #[derive(Debug, Serialize)]
@@ -58,7 +58,8 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     let status = Arc::clone(&overlay.status().borrow());
     let _ = overlay.shutdown(Shutdown::Keep).await;
     let _ = runner.await;
-    let plan = plan.map_err(|_| format!("there is nothing to plan with yet: {}", daemon::reason(&status)))??;
+    let plan = plan
+        .map_err(|_| format!("there is nothing to plan with yet: {}", status.why_not_ready().unwrap_or_default()))??;
 
     // The device may not be there, so that nothing was programmed: the rest of the file is known all the same.
     let text = subnet_file::text(&status, options.ip_masq);

@@ -17,7 +17,7 @@ use podnet::{Error, Overlay, Shutdown};
 
 use crate::node::Keys;
 use crate::options::Options;
-use crate::{Problem, daemon, node, store};
+use crate::{Problem, node, store};
 
 /// How long the store has for the network's configuration before subnet.env counts.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,7 +39,8 @@ pub(crate) async fn run(options: Options, leave: bool) -> Result<ExitCode, Probl
     let report = tokio::time::timeout(options.timeout, remove(&*overlay, leave)).await;
     let status = Arc::clone(&overlay.status().borrow());
     runner.abort();
-    let report = report.map_err(|_| format!("not removed within the -timeout: {}", daemon::reason(&status)))??;
+    let report = report
+        .map_err(|_| format!("not removed within the -timeout: {}", status.why_not_ready().unwrap_or_default()))??;
     let file = match std::fs::remove_file(&options.subnet_file) {
         Ok(()) => Some(Ok(())),
         Err(error) if error.kind() == ErrorKind::NotFound => None,

@@ -34,7 +34,7 @@ flags! {
     ETCD_CAFILE = flannel("etcd-cafile", Text(""), "FILE", Here::Works, "the authority that signed etcd's certificate");
     ETCD_USERNAME = flannel("etcd-username", Text(""), "NAME", Here::Works, "the user at etcd");
     ETCD_PASSWORD = flannel("etcd-password", Text(""), "PASSWORD", Here::Works, "the user's password; better in FLANNELD_ETCD_PASSWORD, since others see a command line");
-    SUBNET_LEASE_RENEW_MARGIN = flannel("subnet-lease-renew-margin", Int(60), "MINUTES", Here::NoEffect("a lease is renewed an hour before its end, or when a third is left if that is less"), "how long before its end a lease is renewed, 1 to 1439");
+    SUBNET_LEASE_RENEW_MARGIN = flannel("subnet-lease-renew-margin", Int(60), "MINUTES", Here::Works, "how long before its end a lease is renewed, 1 to 1439");
 
     IFACE = flannel("iface", List, "DEVICE|ADDRESS", Here::Works, "the device that carries the pod network; the first of several that is there");
     IFACE_REGEX = flannel("iface-regex", List, "REGEX", Here::Works, "the first device with an address, or else a name, that fits; asked after -iface");

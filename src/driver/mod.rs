@@ -14,6 +14,7 @@ pub mod netlink;
 pub mod nftables;
 mod notifications;
 mod scope;
+mod session;
 pub mod sysctl;
 
 use std::fmt::Debug;
@@ -27,6 +28,7 @@ pub use host::{HostAddress, HostLink, HostRoute, HostView};
 pub use namespace::{NetworkNamespace, SocketSource};
 pub(crate) use scope::OnLink;
 pub use scope::{Scope, SeenRoute};
+pub use session::{PeerSession, SessionState};
 
 use crate::plan::{Conflict, Domain, Key, Object, Owner, UnitPlan};
 use crate::types::DeviceName;
@@ -103,6 +105,12 @@ pub trait Driver: Debug + Send + Sync + 'static {
     /// driver cannot listen any more; the caller may ask again. A domain of which the kernel tells nothing
     /// returns a stream that never yields.
     async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError>;
+
+    /// What tunnels of this domain tell of their peers now, one for each subnet; none where there is nothing to tell. Asked for
+    /// when somebody asks for the peers, beside everything else that the driver does. Cancel safe.
+    async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
+        Ok(Vec::new())
+    }
 }
 
 macro_rules! forward {
@@ -120,6 +128,9 @@ macro_rules! forward {
             }
             async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
                 (**self).changes(scope).await
+            }
+            async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
+                (**self).sessions().await
             }
         }
     };

@@ -1,5 +1,6 @@
 //! How the embedder's handle and the engine talk: one bounded queue of questions, each with its own way back.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -7,19 +8,22 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{COLLECT, Engine};
 use crate::admission::Verdict;
+use crate::driver::Driver;
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::masquerade::MasqueradePolicy;
 use crate::overlay::{Overlay, Shutdown};
 use crate::plan::{Object, Owner, Plan, Prune, Unit, diff};
-use crate::status::{PeerStatus, Report, RouteInForce, Status};
+use crate::status::{PeerState, PeerStatus, Report, RouteInForce, Status};
 
+/// The peers, and whom to ask how their tunnels are: that takes its time, which is not the engine's.
+type Asked = (Vec<PeerStatus>, Vec<Arc<dyn Driver>>);
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
 #[derive(Debug)]
 pub(crate) enum Command {
     Lease(Reply<Lease>),
-    Peers(Reply<Vec<PeerStatus>>),
+    Peers(Reply<Asked>),
     Plan(Reply<Plan>),
     Reconcile(Reply<Report>),
     Routes(Reply<Vec<RouteInForce>>),
@@ -83,7 +87,22 @@ impl Overlay for Handle {
         self.ask(Command::Lease).await
     }
     async fn peers(&self) -> Result<Vec<PeerStatus>, Error> {
-        self.ask(Command::Peers).await
+        let (mut peers, drivers) = self.ask(Command::Peers).await?;
+        let mut sessions = BTreeMap::new();
+        for driver in drivers {
+            match driver.sessions().await {
+                Ok(found) => sessions.extend(found.into_iter().map(|session| (session.subnet, session))),
+                // How it works is in the status; who asks for the peers gets what is known of them.
+                Err(error) => tracing::debug!(%error, domain = %driver.domain(), "how the tunnels are is not known"),
+            }
+        }
+        for of in peers.iter_mut().flat_map(|peer| &mut peer.families) {
+            // Another node that claims the subnet has no part in it.
+            if matches!(of.state, PeerState::Connected { .. }) {
+                of.session = sessions.remove(&of.subnet);
+            }
+        }
+        Ok(peers)
     }
     async fn plan(&self) -> Result<Plan, Error> {
         self.ask(Command::Plan).await
@@ -118,7 +137,7 @@ impl Engine {
                 let _ = reply.send(lease);
             }
             Command::Peers(reply) => {
-                let _ = reply.send(Ok(self.peer_list()));
+                let _ = reply.send(Ok((self.peer_list(), self.drivers.clone())));
             }
             Command::Plan(reply) => {
                 let plan = self.dry_run().await;

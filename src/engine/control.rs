@@ -17,8 +17,6 @@ use crate::types::NodeName;
 
 /// How long the store may take for one answer.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// A lease is renewed when this is left of it, or a third of its term if that is less.
-const MARGIN: Duration = Duration::from_secs(3600);
 /// The least time between two renewals.
 const SHORTEST_RENEWAL: Duration = Duration::from_secs(1);
 
@@ -79,6 +77,8 @@ pub(super) struct Control {
     node: NodeName,
     manager: Arc<dyn SubnetManager>,
     clock: Arc<dyn Clock>,
+    /// How long before its end the lease is renewed.
+    margin: Duration,
     pub(super) network: Option<NetworkConfig>,
     pub(super) lease: Option<Lease>,
     expires: Option<Moment>,
@@ -98,11 +98,17 @@ impl fmt::Debug for Control {
 }
 
 impl Control {
-    pub(super) fn new(node: NodeName, manager: Arc<dyn SubnetManager>, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(
+        node: NodeName,
+        manager: Arc<dyn SubnetManager>,
+        clock: Arc<dyn Clock>,
+        margin: Duration,
+    ) -> Self {
         Control {
             node,
             manager,
             clock,
+            margin,
             network: None,
             lease: None,
             expires: None,
@@ -113,6 +119,11 @@ impl Control {
             watching: Lane::default(),
             publishing: Lane::default(),
         }
+    }
+
+    /// What is left of the lease; `None` without one, and for one without end.
+    pub(super) fn lease_left(&self) -> Option<Duration> {
+        self.expires.map(|at| at.saturating_sub(self.clock.now()))
     }
 
     pub(super) fn is_watching(&self) -> bool {
@@ -310,10 +321,11 @@ impl Control {
     fn hold(&mut self, owned: OwnedLease) -> Happened {
         let now = self.clock.now();
         self.expires = owned.remaining.map(|left| now.saturating_add(left));
-        self.renew_at = owned
-            .remaining
+        self.renew_at = owned.remaining.map(|left| {
+            let margin = if self.margin < left { self.margin } else { left / 3 };
             // However short the term, the store is not asked in a loop.
-            .map(|left| now.saturating_add((left - MARGIN.min(left / 3)).max(SHORTEST_RENEWAL)));
+            now.saturating_add((left - margin).max(SHORTEST_RENEWAL))
+        });
         self.lease = Some(owned.lease);
         Happened::Lease
     }

@@ -77,6 +77,7 @@ pub(crate) struct Settings {
     pub(crate) public: Option<Stack<Ipv4Addr, Ipv6Addr>>,
     pub(crate) require_encryption: bool,
     pub(crate) check_period: Duration,
+    pub(crate) renew_margin: Duration,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
@@ -160,7 +161,8 @@ impl Engine {
         commands: mpsc::Receiver<Command>,
         status: watch::Sender<Arc<Status>>,
     ) -> Self {
-        let control = Control::new(settings.node.clone(), Arc::clone(&settings.manager), Arc::clone(&settings.clock));
+        let (node, manager) = (settings.node.clone(), Arc::clone(&settings.manager));
+        let control = Control::new(node, manager, Arc::clone(&settings.clock), settings.renew_margin);
         let now = settings.clock.now();
         Engine {
             masquerade,
@@ -712,6 +714,7 @@ impl Engine {
 
     /// Makes the kernel as it should be. Units that wait for another try are left out unless `forced`.
     async fn converge(&mut self, forced: bool) -> Report {
+        let begun = self.settings.clock.now();
         let news = !self.changed.is_empty() || self.programmed.is_empty();
         let Some(mut plan) = self.difference() else { return Report::default() };
         let now = self.settings.clock.now();
@@ -736,6 +739,8 @@ impl Engine {
             }
         }
         let report = self.apply(plan).await;
+        self.counters.reconciles += 1;
+        self.counters.reconciling += self.settings.clock.now().saturating_sub(begun);
         // What was left out of the plan has had its turn too.
         for failure in self.failures.values_mut().filter(|f| now >= f.retry_at) {
             failure.retry_at = now + LOOK_AGAIN;
@@ -814,6 +819,7 @@ impl Engine {
         for applied in apply::apply(&self.drivers, plan.units).await {
             for step in applied.plan.steps.iter().take(applied.done) {
                 self.picture.acknowledge(step);
+                self.counters.done(step);
                 if let Some(Object::Sysctl(sysctl)) = step.outcome() {
                     self.settings_made.insert(sysctl.name.clone(), sysctl.value.clone());
                 }
@@ -822,7 +828,6 @@ impl Engine {
                     report.done.push(step.to_string());
                 }
             }
-            self.counters.steps += u64::try_from(applied.done).unwrap_or(0);
             self.view_stale |= matches!(applied.plan.unit, Unit::Node(_));
             let unit = applied.plan.unit;
             match applied.failed {
@@ -830,7 +835,7 @@ impl Engine {
                     self.failures.remove(&unit);
                 }
                 Some(error) => {
-                    self.counters.failures += 1;
+                    self.counters.failed(applied.plan.steps.get(applied.done));
                     report.failed.push((unit.clone(), error.to_string()));
                     self.fail(unit, error);
                 }

@@ -36,7 +36,8 @@ impl Engine {
         let status = self.status_now(if self.running { Phase::Running } else { Phase::Starting });
         self.status.send_if_modified(|old| {
             // Counters alone are no news: who looks sees them, nobody is woken for them.
-            let news = Status { counters: status.counters, ..(**old).clone() } != status;
+            let same = Status { counters: status.counters, lease_left: status.lease_left, ..(**old).clone() };
+            let news = same != status;
             *old = Arc::new(status);
             news
         });
@@ -73,6 +74,7 @@ impl Engine {
             more_conflicts,
             warnings,
             families: self.families(&troubled),
+            lease_left: self.control.lease_left(),
             counters: self.counters,
         }
     }
@@ -259,7 +261,7 @@ impl Engine {
                 let cut_off = || self.no_ground(family).map(|(_, reason)| PeerState::Unreachable { reason });
                 let state = self.trouble_of(&lease.node, family).or_else(cut_off);
                 let state = state.or_else(|| self.connected(verdict));
-                Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending) })
+                Some(PeerFamily { family, subnet, state: state.unwrap_or(PeerState::Pending), session: None })
             })
             .collect();
         Some(PeerStatus { node: lease.node.clone(), precedence: lease.precedence.clone(), families })

@@ -643,6 +643,13 @@ async fn an_interface_that_is_missing_is_named_with_what_exists_and_waited_for()
     let status = running.until(|s| s.condition(ConditionKind::Underlay).state == ConditionState::Failed).await;
     let message = status.condition(ConditionKind::Underlay).message;
     assert!(message.contains("ens4") && message.contains("eth0 10.240.0.103"), "{message}");
+    // The lease waits for it, and comes first in the list: what failed is what is to be read.
+    assert_eq!(status.condition(ConditionKind::Lease).state, ConditionState::Waiting);
+    assert!(
+        status.summary().starts_with(&format!("not ready: Underlay: {message}; 0 of 0 peers")),
+        "{}",
+        status.summary()
+    );
     kernel.link_add(&dev("ens4"), "", 1460).unwrap();
     kernel.link_up(&dev("ens4")).unwrap();
     kernel.addr_add(&dev("ens4"), "10.250.0.3/24".parse().unwrap()).unwrap();
@@ -659,6 +666,47 @@ async fn a_lease_is_renewed_before_it_expires() {
     tokio::time::sleep(Duration::from_secs(86_400)).await;
     assert_eq!(running.overlay.lease().await.unwrap().subnets, first.subnets);
     assert!(running.overlay.status().borrow().is_ready());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_at_the_margin_that_was_asked_for_and_the_status_says_what_is_left() {
+    // What does not fit into the term is a third of it.
+    for (margin, least) in [(50, 50), (400, 400), (3600, 200)] {
+        let config = podnet::config::NetworkConfig::new(Stack::V4("10.42.0.0/16".parse().unwrap())).unwrap();
+        let subnets = MemorySubnets::allocating(config).unwrap().with_term(Duration::from_secs(600));
+        let running = spawn(builder(&host(), subnets).renew_margin(Duration::from_secs(margin))).await;
+        running.until(|s| s.is_ready()).await;
+        let mut left = Vec::new();
+        for _ in 0..600 {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            left.push(running.overlay.status().borrow().lease_left.unwrap().as_secs());
+        }
+        // A status is at most a check period old.
+        let (lowest, highest) = (left.iter().min().unwrap(), left.iter().max().unwrap());
+        assert!((least..least + 25).contains(lowest) && (575..=600).contains(highest), "{lowest} to {highest}");
+    }
+    let problem = podnet::Node::builder("me", store()).renew_margin(Duration::ZERO).build().unwrap_err();
+    assert!(problem.to_string().contains("a renewal margin of 0ns is given: 1 s to a day are allowed"), "{problem}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn steps_are_counted_by_kind_and_result_and_rounds_by_their_time() {
+    let (kernel, subnets) = (host(), store());
+    let bad = Key::Route("10.42.0.0/24".parse().unwrap(), 0);
+    kernel.faults().fail_keys(move |key| *key == bad, Errno::INVAL, None);
+    subnets.faults().inject(peer(0));
+    subnets.faults().inject(peer(1));
+    let running = spawn(builder(&kernel, subnets)).await;
+    let status = running.until(|s| s.peers.connected == 1 && s.peers.failing == 1).await;
+    let counters = status.counters;
+    let of =
+        |kind: &str| counters.by_kind.iter().find(|(name, _)| *name == kind).map(|(_, c)| (c.done, c.failed)).unwrap();
+    assert_eq!((of("link"), of("ruleset"), of("fdb"), of("neighbour")), ((1, 0), (1, 0), (2, 0), (2, 0)));
+    let (routes, refused) = of("route");
+    assert!(routes == 1 && refused >= 1, "{counters:?}");
+    let all = counters.by_kind.iter().fold((0, 0), |(done, failed), (_, c)| (done + c.done, failed + c.failed));
+    assert_eq!(all, (counters.steps, counters.failures));
+    assert!(counters.reconciles >= 1, "{counters:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use podnet::driver::SessionState;
 use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
 use podnet::masquerade::MasqueradePolicy;
 use podnet::status::Status;
@@ -18,7 +19,7 @@ use podnet_lab::{LabSpec, wait_until};
 use podnet_tests::real::wireguard::{Cluster, PATIENCE, Seat, skipped, wg, wg_set};
 use podnet_tests::real::{assert_same, connected, heals, lone_host, namespace, network};
 use podnet_tests::{name, spawn};
-use podnet_wireguard::{KIND, Mode, PresharedKey, PrivateKey, Session, WireGuard};
+use podnet_wireguard::{KIND, Mode, PresharedKey, PrivateKey, WireGuard};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wireguard_alone() {
@@ -97,15 +98,18 @@ async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wiregua
     }
     assert!(v4 > 20 && v6 > 20 && report.fragments == 0, "{v4} and {v6}, {} fragments", report.fragments);
 
-    // And how each peer is, by the backend's own word.
-    let statistics = seat.backend.peers().await.unwrap();
-    assert_eq!(statistics.len(), 4);
-    for peer in &statistics {
-        assert!(peer.session == Session::Live && peer.received > 300 && peer.sent > 300, "{peer}");
+    let counters = cluster.node(0).overlay.status().borrow().counters;
+    assert!(counters.by_kind.custom.done >= 6 && !counters.reconciling.is_zero(), "{counters:?}");
+    // And how each peer is, by podnet's own word.
+    let peers = cluster.node(0).overlay.peers().await.unwrap();
+    let sessions: Vec<_> = peers.iter().flat_map(|peer| &peer.families).map(|of| of.session.clone().unwrap()).collect();
+    assert_eq!(sessions.len(), 4);
+    for peer in &sessions {
+        assert!(peer.state == SessionState::Live && peer.received > 300 && peer.sent > 300, "{peer}");
         let (_, _, shown) = wg(cluster.netns(0), peer.device.as_str());
-        let shown = &shown[&peer.public_key.to_string()];
+        let shown = &shown[&peer.identity];
         assert_eq!(peer.endpoint.unwrap().to_string(), shown.endpoint);
-        assert_eq!(peer.subnets.iter().map(ToString::to_string).collect::<Vec<_>>().join(","), shown.allowed);
+        assert_eq!(peer.subnet.to_string(), shown.allowed);
         let age = peer.last_handshake.unwrap().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
         assert_eq!(age, shown.handshake);
     }
@@ -256,11 +260,13 @@ async fn fault_35_another_pre_shared_key_keeps_a_node_out_and_it_shows_and_other
     cluster.assert_talk(0, 1).await;
     assert_eq!(cluster.answered(0, 2, Family::V4).await, 0);
     let sessions = || async {
-        let peers = cluster.seats[0].backend.peers().await.unwrap();
-        peers.iter().map(|peer| (peer.public_key, peer.session)).collect::<BTreeMap<_, _>>()
+        let peers = cluster.node(0).overlay.peers().await.unwrap();
+        let sessions = peers.into_iter().flat_map(|peer| peer.families).filter_map(|of| of.session);
+        sessions.map(|session| (session.identity, session.state)).collect::<BTreeMap<_, _>>()
     };
     let now = sessions().await;
-    assert_eq!((now[&cluster.key(1)], now[&cluster.key(2)]), (Session::Live, Session::Never));
+    let of = |index: usize| now[&cluster.key(index).to_string()];
+    assert_eq!((of(1), of(2)), (SessionState::Live, SessionState::Never));
 
     // The right one: it comes in.
     let device = cluster.seats[0].device.clone();

@@ -14,15 +14,16 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream;
 use ipnetwork::IpNetwork;
-use podnet::driver::{ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult};
+use podnet::driver::{
+    ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, PeerSession, Scope, SessionState, UnitResult,
+};
 use podnet::plan::{Conflict, Domain, Object, Owner, Step, UnitPlan};
 use podnet::types::DeviceName;
 
 use crate::device::{Changes, Link, PeerState, State, WireGuardDevices};
 use crate::keys::PublicKey;
 use crate::object::{self, Item, Peer, Tunnel};
-use crate::options::WireGuard;
-use crate::statistics::{PeerStatistics, Session, session};
+use crate::session;
 
 /// The driver. It opens nothing before it is first asked.
 #[derive(Debug)]
@@ -69,12 +70,12 @@ impl Memory {
     ) -> SocketAddr {
         let told = self.told.insert((device.clone(), key), Told { endpoint: published, published: true });
         let Some((peer, now)) = is.and_then(|peer| Some((peer, peer.endpoint?))) else { return published };
-        let keeps = match (told, session(peer.last_handshake)) {
-            (_, Session::Never) => false,
+        let keeps = match (told, session::state(peer.last_handshake)) {
+            (_, SessionState::Never) => false,
             (Some(told), _) if told.published => told.endpoint == published,
             // A restart: what was published before is not known.
-            (_, Session::Live) => true,
-            (_, Session::Stale) => false,
+            (_, SessionState::Live) => true,
+            (_, SessionState::Stale) => false,
         };
         if keeps { now } else { published }
     }
@@ -99,35 +100,6 @@ impl WireGuardDriver {
             })
         });
         blocking.await.map_err(|e| broken(e.to_string()))?.map_err(|e| broken(e.to_string()))?
-    }
-
-    /// All peers of devices of ours, as they are now.
-    pub(crate) async fn statistics(&self) -> Result<Vec<PeerStatistics>, DriverError> {
-        self.inside(Box::new(|devices, _| {
-            let mut peers = Vec::new();
-            for link in devices.list()?.iter().filter(|link| link.is_ours()) {
-                let Ok(name) = link.name.parse::<DeviceName>() else { continue };
-                let state = devices.read(link)?;
-                peers.extend(state.peers.iter().map(|(key, peer)| PeerStatistics::of(&name, *key, peer)));
-            }
-            Ok(peers)
-        }))
-        .await
-    }
-}
-
-impl WireGuard {
-    /// Every peer on this node's WireGuard devices as it is now: where it is, when a session was last agreed on, how much went which
-    /// way. It reads the devices, a moment each, also beside a running node; for a status page or metrics. Before a node was started
-    /// with this backend there are none. Cancel safe.
-    ///
-    /// # Errors
-    /// The devices cannot be read, as [`DriverError`] says.
-    pub async fn peers(&self) -> Result<Vec<PeerStatistics>, DriverError> {
-        match self.driver.get() {
-            Some(driver) => driver.statistics().await,
-            None => Ok(Vec::new()),
-        }
     }
 }
 
@@ -154,6 +126,19 @@ impl Driver for WireGuardDriver {
     /// among its devices.
     async fn changes(&self, _: &Scope) -> Result<ChangeStream, DriverError> {
         Ok(stream::pending().boxed())
+    }
+
+    async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
+        self.inside(Box::new(|devices, _| {
+            let mut sessions = Vec::new();
+            for link in devices.list()?.iter().filter(|link| link.is_ours()) {
+                let Ok(device) = link.name.parse::<DeviceName>() else { continue };
+                let state = devices.read(link)?;
+                sessions.extend(state.peers.iter().flat_map(|(key, peer)| session::of(&device, *key, peer)));
+            }
+            Ok(sessions)
+        }))
+        .await
     }
 }
 

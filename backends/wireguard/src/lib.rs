@@ -38,7 +38,7 @@ mod links;
 mod object;
 mod options;
 mod program;
-mod statistics;
+mod session;
 mod system;
 mod uapi;
 
@@ -46,7 +46,6 @@ pub use backend::KIND;
 pub use key_file::{DEFAULT_KEY_FILE, KeyFileError};
 pub use keys::{InvalidKey, PresharedKey, PrivateKey, PublicKey};
 pub use options::{InvalidOption, Mode, Userspace, WireGuard};
-pub use statistics::{PeerStatistics, Session};
 
 #[cfg(test)]
 mod tests;

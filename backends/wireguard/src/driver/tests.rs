@@ -509,9 +509,9 @@ fn case_22_what_is_read_from_devices_planned_done_and_refused_tells_no_secret() 
             &format!("{plan} {plan:?} {observed:?} {:?} {:?} {system:?}", rig.state(), rig.memory),
         );
         let link = system.find(&rig.device).unwrap().unwrap();
-        let statistics: Vec<PeerStatistics> =
-            rig.state().peers.iter().map(|(key, peer)| PeerStatistics::of(&rig.device, *key, peer)).collect();
-        search("statistics", &format!("{statistics:?} {}", statistics[0]));
+        let sessions: Vec<PeerSession> =
+            rig.state().peers.iter().flat_map(|(key, peer)| session::of(&rig.device, *key, peer)).collect();
+        search("sessions", &format!("{sessions:?} {}", sessions[0]));
         // Refusals: a port in use, and a device that is gone.
         let squatter = std::net::UdpSocket::bind("0.0.0.0:51900").unwrap();
         let refused = system.set_up(&link, 51_900, 1380).unwrap_err();

@@ -116,8 +116,8 @@ fn case_22_no_key_and_no_psk_is_in_anything_that_is_printed_logged_serialised_or
     let results = runtime.block_on(lost.driver(&nowhere).unwrap().apply(&plan.units));
     assert!(results.iter().all(|result| result.failed.is_some()));
     search("results", &format!("{results:?} {}", results[0].failed.as_ref().unwrap()));
-    let error = runtime.block_on(lost.peers()).unwrap_err();
-    search("statistics", &format!("{error} {error:?}"));
+    let error = runtime.block_on(lost.driver(&nowhere).unwrap().sessions()).unwrap_err();
+    search("sessions", &format!("{error} {error:?}"));
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("key");
     std::fs::write(&file, OWN).unwrap();
