@@ -3,6 +3,8 @@
 //! What an earlier run left in the other one makes the ruleset differ from the wish, and goes once the rules stand in the
 //! chosen one: there is no moment without rules. This file decides that and nothing else; the two drivers do the work.
 
+pub(super) mod step;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
@@ -391,18 +393,14 @@ impl Driver for FirewallDriver {
         let chosen = self.chosen.get().copied().unwrap_or(Firewall::Nftables);
         let mut results = Vec::with_capacity(units.len());
         for unit in units {
-            let mut result = UnitResult { done: 0, failed: None };
+            let mut result = UnitResult::default();
             for step in &unit.steps {
                 let done = match self.with(chosen) {
                     Ok(drivers) => self.step(&drivers, &unit.unit, step).await,
                     Err(error) => Err(error),
                 };
-                match done {
-                    Ok(()) => result.done += 1,
-                    Err(error) => {
-                        result.failed = Some(error);
-                        break;
-                    }
+                if !result.note(done) {
+                    break;
                 }
             }
             results.push(result);

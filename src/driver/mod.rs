@@ -71,12 +71,40 @@ pub enum Change {
 }
 
 /// How far the steps of one unit got.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnitResult {
     /// How many of its steps the kernel acknowledged, from the first on.
     pub done: usize,
     /// Why the next one failed; `None` when all were done.
     pub failed: Option<DriverError>,
+}
+
+impl UnitResult {
+    /// Notes how the next step went, and says whether the unit goes on: it ends at its first failure. For a driver that does one
+    /// step after the other:
+    ///
+    /// ```
+    /// use podnet::driver::{DriverError, UnitResult};
+    /// use podnet::plan::{Step, UnitPlan};
+    ///
+    /// async fn one_by_one(unit: &UnitPlan, step: impl AsyncFn(&Step) -> Result<(), DriverError>) -> UnitResult {
+    ///     let mut result = UnitResult::default();
+    ///     for next in &unit.steps {
+    ///         if !result.note(step(next).await) {
+    ///             break;
+    ///         }
+    ///     }
+    ///     result
+    /// }
+    /// ```
+    #[must_use = "a step after one that failed must not be done"]
+    pub fn note(&mut self, outcome: Result<(), DriverError>) -> bool {
+        match outcome {
+            Ok(()) => self.done += 1,
+            Err(error) => self.failed = Some(error),
+        }
+        self.failed.is_none()
+    }
 }
 
 /// One domain of the kernel.

@@ -161,14 +161,10 @@ impl Driver for SysctlDriver {
         units
             .iter()
             .map(|unit| {
-                let mut result = UnitResult { done: 0, failed: None };
+                let mut result = UnitResult::default();
                 for step in &unit.steps {
-                    match self.do_step(step) {
-                        Ok(()) => result.done += 1,
-                        Err(error) => {
-                            result.failed = Some(error);
-                            break;
-                        }
+                    if !result.note(self.do_step(step)) {
+                        break;
                     }
                 }
                 result

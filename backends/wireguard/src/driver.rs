@@ -204,7 +204,7 @@ fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -
 }
 
 fn apply(devices: &dyn WireGuardDevices, memory: &mut Memory, units: &[UnitPlan]) -> Vec<UnitResult> {
-    let mut results = vec![UnitResult { done: 0, failed: None }; units.len()];
+    let mut results = vec![UnitResult::default(); units.len()];
     let mut batch = Vec::new();
     for (unit, result) in units.iter().zip(&mut results) {
         let mut part = Part { steps: parse(unit, &mut result.failed), result };
@@ -229,12 +229,8 @@ struct Part<'a> {
 impl Part<'_> {
     fn one_by_one(&mut self, devices: &dyn WireGuardDevices, memory: &mut Memory) {
         for step in &self.steps {
-            match one(devices, memory, step) {
-                Ok(()) => self.result.done += 1,
-                Err(error) => {
-                    self.result.failed = Some(error);
-                    break;
-                }
+            if !self.result.note(one(devices, memory, step)) {
+                break;
             }
         }
     }

@@ -183,14 +183,10 @@ impl Driver for TunUdpDriver {
         let mut serving = self.serving.lock().await;
         let mut results = Vec::with_capacity(units.len());
         for unit in units {
-            let mut result = UnitResult { done: 0, failed: None };
+            let mut result = UnitResult::default();
             for step in &unit.steps {
-                match self.step(&mut serving, step).await {
-                    Ok(()) => result.done += 1,
-                    Err(error) => {
-                        result.failed = Some(error);
-                        break;
-                    }
+                if !result.note(self.step(&mut serving, step).await) {
+                    break;
                 }
             }
             results.push(result);

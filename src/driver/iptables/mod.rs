@@ -37,6 +37,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use self::process::Ended;
 pub use self::programs::IptablesPrograms;
 use self::saved::Saved;
+use super::firewall::step::RulesetStep;
 use super::nftables::events::{GROUP, RECEIVE_BUFFER};
 use super::{
     Change, ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult, notifications,
@@ -143,15 +144,11 @@ impl Driver for IptablesDriver {
     async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
         let mut results = Vec::with_capacity(units.len());
         for unit in units {
-            let mut result = UnitResult { done: 0, failed: None };
+            let mut result = UnitResult::default();
             for step in &unit.steps {
                 let (tool, step, attempted) = (self.tool.clone(), step.clone(), step.to_string());
-                match blocking(&attempted.clone(), move || tool.apply(&attempted, &step)).await {
-                    Ok(()) => result.done += 1,
-                    Err(error) => {
-                        result.failed = Some(error);
-                        break;
-                    }
+                if !result.note(blocking(&attempted.clone(), move || tool.apply(&attempted, &step)).await) {
+                    break;
                 }
             }
             results.push(result);
@@ -254,35 +251,16 @@ impl Tool {
     }
 
     fn apply(&self, attempted: &str, step: &Step) -> Result<(), DriverError> {
-        let refused = |detail: &str| DriverError::Refused {
-            attempted: attempted.to_owned(),
-            errno: Errno::INVAL,
-            detail: detail.to_owned(),
-        };
-        let ruleset = |object: &Object| match object {
-            Object::Ruleset(rules) => Ok(rules.clone()),
-            other => Err(refused(&format!("{} is not the firewall driver's", other.key()))),
-        };
-        let (before, after) = match step {
-            Step::Create(to) => (None, Some(ruleset(to)?)),
-            Step::Replace { from, to } | Step::Remake { from, to, .. } => (Some(ruleset(from)?), Some(ruleset(to)?)),
-            Step::Delete(from) => (Some(ruleset(from)?), None),
-        };
-        let Some(family) = before.as_ref().or(after.as_ref()).map(|r| r.family) else { return Ok(()) };
-        if after.as_ref().is_some_and(|rules| rules.family != family || !transaction::fits(rules)) {
-            return Err(refused(
-                "it cannot be written as rules of iptables: it mixes address families, has a comment of more than 100 \
-                 bytes, or conditions that iptables does not know",
-            ));
-        }
-        let adopt = before.is_some_and(|rules| rules.takes_flannel_away());
+        let unfit = "it cannot be written as rules of iptables: it mixes address families, has a comment of more than 100 bytes, or \
+                     conditions that iptables does not know";
+        let RulesetStep { family, to, adopt } = RulesetStep::read(attempted, step, transaction::fits, unfit)?;
         let mut last = None;
         for _ in 0..TRIES {
             let saved = self.save(attempted, family)?;
             if let Some(conflict) = ours::find(family, &saved, true).conflict {
                 return Err(in_the_way(attempted, conflict));
             }
-            let input = transaction::input(family, &saved, after.as_ref(), adopt)
+            let input = transaction::input(family, &saved, to.as_ref(), adopt)
                 .map_err(|conflict| in_the_way(attempted, *conflict))?;
             if input.is_empty() {
                 return Ok(());
@@ -296,12 +274,15 @@ impl Tool {
                 last = Some(error);
                 continue;
             }
-            match self.differs(attempted, family, after.as_ref())? {
+            match self.differs(attempted, family, to.as_ref())? {
                 None => return Ok(()),
                 Some(error) => last = Some(error),
             }
         }
-        Err(last.unwrap_or_else(|| refused("nothing was tried")))
+        Err(last.unwrap_or_else(|| DriverError::Io {
+            attempted: attempted.to_owned(),
+            reason: "nothing was tried".to_owned(),
+        }))
     }
 
     /// Reads back what was written. An iptables that prints something else than it was given would be written to for ever.

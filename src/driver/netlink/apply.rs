@@ -37,7 +37,7 @@ pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult
     let mut run = Run {
         core,
         units,
-        results: vec![UnitResult { done: 0, failed: None }; units.len()],
+        results: vec![UnitResult::default(); units.len()],
         devices: HashMap::new(),
         released: false,
     };
@@ -96,10 +96,7 @@ impl<'a> Run<'a> {
 
     fn settle(&mut self, unit: usize, outcome: Result<(), DriverError>) {
         if let Some(result) = self.results.get_mut(unit) {
-            match outcome {
-                Ok(()) => result.done += 1,
-                Err(error) => result.failed = Some(error),
-            }
+            let _ = result.note(outcome);
         }
     }
 

@@ -36,6 +36,7 @@ use self::connection::{Connection, Failure};
 use self::expression::Expression;
 use self::forward::{Direction, INET};
 use self::table::{ChainSeen, Contents, POLICY_ACCEPT, RuleSeen, SetSeen, TableSeen, flannel_table, proto};
+use super::firewall::step::RulesetStep;
 use super::iptables::saved::place;
 use super::{
     Change, ChangeStream, Driver, DriverError, Errno, NetworkNamespace, Observed, Scope, UnitResult, notifications,
@@ -117,7 +118,7 @@ impl Driver for NftablesDriver {
     async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
         let mut results = Vec::with_capacity(units.len());
         for unit in units {
-            let mut result = UnitResult { done: 0, failed: None };
+            let mut result = UnitResult::default();
             for step in &unit.steps {
                 let attempted = step.to_string();
                 let step = step.clone();
@@ -126,12 +127,8 @@ impl Driver for NftablesDriver {
                         again(&attempted, || apply(connection, &attempted, &step))
                     })
                     .await;
-                match done {
-                    Ok(()) => result.done += 1,
-                    Err(error) => {
-                        result.failed = Some(error);
-                        break;
-                    }
+                if !result.note(done) {
+                    break;
                 }
             }
             results.push(result);
@@ -425,32 +422,15 @@ fn flannel_iptables(chains: &[ChainSeen], family: Family) -> Vec<Conflict> {
 
 /// One step. Whose the table is, is read in the same generation of rules in which it is changed.
 fn apply(connection: &mut Connection, attempted: &str, step: &Step) -> Result<(), Failure> {
-    let refused = |detail: &str| DriverError::Refused {
-        attempted: attempted.to_owned(),
-        errno: Errno::INVAL,
-        detail: detail.to_owned(),
-    };
-    let ruleset = |object: &Object| match object {
-        Object::Ruleset(rules) => Ok(rules.clone()),
-        other => Err(refused(&format!("{} is not the firewall driver's", other.key()))),
-    };
-    let (before, after) = match step {
-        Step::Create(to) => (None, Some(ruleset(to)?)),
-        Step::Replace { from, to } | Step::Remake { from, to, .. } => (Some(ruleset(from)?), Some(ruleset(to)?)),
-        Step::Delete(from) => (Some(ruleset(from)?), None),
-    };
-    let Some(family) = before.as_ref().or(after.as_ref()).map(|r| r.family) else { return Ok(()) };
-    if after.as_ref().is_some_and(|rules| rules.family != family || !table::fits(rules)) {
-        return Err(refused("it mixes address families, or has a comment of more than 100 bytes").into());
-    }
-
+    let unfit = "it mixes address families, or has a comment of more than 100 bytes";
+    let RulesetStep { family, to, adopt } = RulesetStep::read(attempted, step, table::fits, unfit)?;
     let generation = generation(connection, attempted)?;
     let tables = tables(connection, attempted)?;
     let mut changes = Vec::new();
     let mut kept = false;
     match tables.iter().find(|t| is_table(t, family, Ruleset::TABLE)) {
         Some(table) if table.is_ours() => {
-            if let Some(rules) = &after {
+            if let Some(rules) = &to {
                 let chains = chains(connection)?;
                 kept = table::keeps_frame(rules, &contents(connection, family, table, &chains)?);
             }
@@ -464,11 +444,10 @@ fn apply(connection: &mut Connection, attempted: &str, step: &Step) -> Result<()
         }
         None => {}
     }
-    let adopted = before.is_some_and(|rules| rules.takes_flannel_away());
-    if adopted && tables.iter().any(|t| is_table(t, family, flannel_table(family))) {
+    if adopt && tables.iter().any(|t| is_table(t, family, flannel_table(family))) {
         changes.push(table::delete(family, flannel_table(family)));
     }
-    if let Some(rules) = &after {
+    if let Some(rules) = &to {
         changes.extend(if kept { table::refill(rules) } else { table::create(rules) });
     }
     connection.commit(attempted, generation, &changes)
