@@ -42,8 +42,8 @@ pub enum Userspace {
     #[default]
     Forbidden,
     /// This program serves the device, from a TUN device: `PROGRAM ARGUMENTS DEVICE` makes the device in the network namespace
-    /// that it is run in, puts a daemon into the background and ends, as wireguard-go and boringtun-cli do. It is run with an
-    /// empty environment, and only if the kernel cannot.
+    /// that it is run in, puts a daemon into the background and ends, as wireguard-go does. It is run with an empty environment,
+    /// and only if the kernel cannot. Not boringtun (0.7): it cannot change a peer that it has, and is refused with that reason.
     Program {
         /// The program, by an absolute path.
         path: PathBuf,

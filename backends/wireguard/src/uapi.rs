@@ -25,6 +25,9 @@ use crate::object::Psk;
 const FOLDER: &str = "/var/run/wireguard";
 /// How long a daemon may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Why a daemon of boringtun is not used (0.7): it ends in a panic when a peer that it has is to be changed, tells ages where
+/// others tell moments, and does not say which private and pre-shared keys it has.
+const BORINGTUN: &str = "its daemon is boringtun, which cannot change a peer that it has";
 /// An answer is not longer: 100 000 peers with several subnets each.
 const LONGEST: u64 = 256 * 1024 * 1024;
 
@@ -71,7 +74,16 @@ pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, Driv
             }
         }
     };
-    ask().map_err(|e: io::Error| io_error(&format!("read WireGuard device {name} in user space"), &e, ""))
+    let attempted = format!("read WireGuard device {name} in user space");
+    ask().map_err(|e: io::Error| match e.kind() {
+        io::ErrorKind::Unsupported => DriverError::Program {
+            attempted,
+            said: e.to_string(),
+            advice: "use wireguard-go, or a kernel with WireGuard".to_owned(),
+            retry: false,
+        },
+        _ => io_error(&attempted, &e, ""),
+    })
 }
 
 /// Gives a device its private key and its port.
@@ -195,6 +207,8 @@ impl<'a> Parser<'a> {
                 let bytes = unhex(value).ok_or_else(wrong)?;
                 self.state.public_key = PrivateKey::from_bytes(*bytes).ok().map(|key| key.public_key());
             }
+            // A name of its own in the place of `private_key`.
+            "own_public_key" => return Err(io::Error::new(io::ErrorKind::Unsupported, BORINGTUN)),
             "listen_port" => self.state.port = value.parse().map_err(|_| wrong())?,
             "public_key" => {
                 let key = PublicKey::of_device(*unhex(value).ok_or_else(wrong)?);
@@ -308,6 +322,10 @@ errno=0
         assert_eq!(of(0x58).last_handshake, Some(SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5)));
         assert_eq!((of(0x66).last_handshake, of(0x66).allowed.len()), (None, 2));
         assert_eq!(of(0xb8).endpoint, Some("[abcd:23::33]:51820".parse().unwrap()));
+        // As boringtun 0.7.1 answered.
+        let other = "own_public_key=8a1b4977d6eaffb245201a683bc1cab9ba777e4406d18bdb7fb7001dee1a540e\nlisten_port=51820\nerrno=0\n";
+        let refused = parse(other, None).unwrap_err();
+        assert_eq!((refused.kind(), refused.to_string().as_str()), (io::ErrorKind::Unsupported, BORINGTUN));
         // A refusal, an end in the middle, rubbish.
         let mut parser = Parser::new(None);
         assert_eq!(parser.take("errno=-98").unwrap(), Some(98));
