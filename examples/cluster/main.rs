@@ -1,7 +1,8 @@
 //! `cargo run --release --example cluster`: a pod network in namespaces, brought up, proved, broken, repaired and removed.
 //!
 //! This program only reads options and prints: what is shown is in `podnet_lab::demo`, and how podnet is embedded in
-//! `podnet_lab::demo::pod_network`. It runs no other program (but those of iptables where they are asked for) and changes nothing outside the namespaces that it makes.
+//! `podnet_lab::demo::pod_network`. It runs no other program (but those of iptables and wireguard-go where they are asked for) and changes nothing outside the namespaces that it
+//! makes.
 
 mod options;
 mod output;
@@ -11,7 +12,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser as _;
-use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Stage, breakage, proofs, restart};
+use podnet_lab::demo::{
+    Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Stage, breakage, proofs, restart, wireguard,
+};
 use podnet_lab::{Families, LabError, Privilege, Underlay, enter_user_namespace_if_needed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -19,8 +22,10 @@ use tracing_subscriber::filter::LevelFilter;
 use options::Options;
 use output::Screen;
 
-/// This machine allows no namespaces.
+/// This machine allows no namespaces, or lacks what was asked for.
 const FORBIDDEN: u8 = 3;
+/// As a shell says it of a program that was interrupted.
+const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -32,6 +37,17 @@ fn main() -> ExitCode {
             return ExitCode::from(FORBIDDEN);
         }
     };
+    let backend = DemoBackend::from(options.backend);
+    // An ordinary user cannot write where wireguard-go has its sockets; root's are left where `wg` finds them.
+    if backend == DemoBackend::WireGuard
+        && privilege == Privilege::UserNamespace
+        && let Err(error) = wireguard::private_sockets()
+    {
+        anstream::eprintln!(
+            "The demo with WireGuard needs a mount namespace, and this machine does not allow it: {error}"
+        );
+        return ExitCode::from(FORBIDDEN);
+    }
     log(options.verbose);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -40,12 +56,15 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(show(&options, privilege))
+    let code = runtime.block_on(show(&options, backend, privilege));
+    // Waits for what was just being done.
+    drop(runtime);
+    wireguard::end_daemons();
+    code
 }
 
-async fn show(options: &Options, privilege: Privilege) -> ExitCode {
+async fn show(options: &Options, backend: DemoBackend, privilege: Privilege) -> ExitCode {
     let start = Instant::now();
-    let backend = DemoBackend::from(options.backend);
     let spec = DemoSpec {
         nodes: options.nodes.into(),
         underlay: options.underlay.map_or(backend.usual_underlay(), Underlay::from),
@@ -54,15 +73,23 @@ async fn show(options: &Options, privilege: Privilege) -> ExitCode {
         masquerade: Masquerade::from(options.masquerade),
         ..DemoSpec::default()
     };
+    if let Err(lacking) = spec.check().await {
+        anstream::eprintln!("{lacking}");
+        return ExitCode::from(FORBIDDEN);
+    }
     let screen = Screen::new(options.json, options.verbose > 0, spec.families);
     screen.title(&spec, privilege);
 
     let mut stage = Stage::new(&screen);
-    // An error has been told as a failed step: what it had built so far is gone with it.
-    if let Ok(mut cluster) = Cluster::build(spec, &mut stage).await {
-        proofs::all(&cluster, &mut stage).await;
-        breakage::all(&cluster, &mut stage).await;
-        restart::all(&mut cluster, &mut stage).await;
+    // All that was built goes with it, also where it is interrupted.
+    let shown = tokio::select! {
+        shown = bring_up(spec, &mut stage) => shown,
+        Ok(()) = interrupted() => {
+            screen.say("\nInterrupted; what was built is taken away.");
+            return ExitCode::from(INTERRUPTED);
+        }
+    };
+    if let Some(cluster) = shown {
         if options.keep {
             screen.how_to_enter(&cluster, privilege);
             if let Err(error) = interrupted().await {
@@ -83,6 +110,15 @@ async fn show(options: &Options, privilege: Privilege) -> ExitCode {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     }
+}
+
+/// Everything but its removal. An error has been told as a failed step: what it had built so far is gone with it.
+async fn bring_up(spec: DemoSpec, stage: &mut Stage<'_>) -> Option<Cluster> {
+    let mut cluster = Cluster::build(spec, stage).await.ok()?;
+    proofs::all(&cluster, stage).await;
+    breakage::all(&cluster, stage).await;
+    restart::all(&mut cluster, stage).await;
+    Some(cluster)
 }
 
 async fn interrupted() -> Result<(), LabError> {

@@ -6,10 +6,11 @@ use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
 const AFTER: &str = "\
-It needs no program but itself (with iptables those of iptables), and either root or a machine that lets users make user namespaces.
+It needs no program but itself (with iptables those of iptables, with wireguard perhaps wireguard-go), and either root or a machine that lets users make user namespaces.
 Everything happens in network namespaces that vanish with it; nothing on this machine is changed.
 
-Exit codes: 0 all of it holds; 1 something does not; 2 wrong options; 3 this machine allows no namespaces.";
+Exit codes: 0 all of it holds; 1 something does not; 2 wrong options; 3 this machine allows no namespaces,
+or lacks what was asked for; 130 interrupted.";
 
 /// Builds a cluster of network namespaces, gives it a pod network with podnet, proves that it works, breaks it, and removes it all.
 #[derive(Debug, Parser)]
@@ -75,6 +76,9 @@ pub(crate) enum BackendOption {
     VxlanDirect,
     /// Plain routes alone: for nodes of one Ethernet
     HostGw,
+    /// flannel's WireGuard: encrypted (needs the kernel's, or wireguard-go and /dev/net/tun)
+    #[value(name = "wireguard")]
+    WireGuard,
     /// One that is no part of podnet: IP in UDP, carried by the process (needs /dev/net/tun)
     Custom,
 }
@@ -85,6 +89,7 @@ impl From<BackendOption> for DemoBackend {
             BackendOption::Vxlan => DemoBackend::Vxlan,
             BackendOption::VxlanDirect => DemoBackend::VxlanDirect,
             BackendOption::HostGw => DemoBackend::HostGw,
+            BackendOption::WireGuard => DemoBackend::WireGuard,
             BackendOption::Custom => DemoBackend::Custom,
         }
     }

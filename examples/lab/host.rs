@@ -448,6 +448,23 @@ impl Host {
         Ok(routes.into_iter().filter(|route| !is_link_local(route.destination.ip())).collect())
     }
 
+    /// The blackholes of the main table, as `ip route` shows them but for IPv6's device, which is always `lo`.
+    pub async fn blackholes(&self, family: Family) -> Result<Vec<String>, LabError> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let messages: Vec<_> =
+            self.handle.route().get(filter).execute().try_collect().await.context(|| self.says("listing routes"))?;
+        let holes = messages.into_iter().filter(|message: &RouteMessage| message.header.kind == RouteType::BlackHole);
+        let as_route = holes.filter_map(|mut hole| {
+            hole.header.kind = RouteType::Unicast;
+            route_of(&hole, &|_| None)
+        });
+        let metric = |route: &Route| route.metric.map(|metric| format!(" metric {metric}")).unwrap_or_default();
+        Ok(as_route
+            .map(|route| format!("blackhole {} proto {}{}", route.destination, route.protocol, metric(&route)))
+            .collect())
+    }
+
     async fn routes_of(&self, family: AddressFamily) -> Result<Vec<Route>, LabError> {
         let links = self.links().await?;
         let mut filter = RouteMessage::default();

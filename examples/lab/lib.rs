@@ -2,7 +2,7 @@
 //!
 //! It exists so that podnet can be judged by something that is not podnet: the lab never calls podnet (it borrows two words from it,
 //! [`Family`] and [`Stack`]), and podnet never calls the lab; [`demo`] alone knows both.
-//! It runs no program (`ip`, `nft`, `ping`): everything goes over netlink and sockets. It works as root, and as an ordinary user where user
+//! It runs no program (`ip`, `nft`, `ping`; [`demo`] some, where it is asked for what needs them): everything goes over netlink and sockets. It works as root, and as an ordinary user where user
 //! namespaces are allowed ([`userns`]). It never touches the namespace the process started in, and never changes the namespace
 //! of a thread that it did not start itself, so that it is safe inside a tokio runtime and inside libtest.
 //!
@@ -29,6 +29,7 @@ pub mod netns;
 pub mod nexthops;
 pub mod pods;
 pub mod probe;
+pub mod programs;
 pub mod services;
 pub mod userns;
 pub mod wait;

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
+use std::io::{self, Write as _};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use podnet_lab::demo::masquerade::iptables_nft;
-use podnet_lab::demo::proofs::{self, node_view, reach};
+use podnet_lab::demo::proofs::{self, node_view, reach, sealed};
 use podnet_lab::demo::{
     Audience, Cluster, Crossing, DemoBackend, DemoSpec, Finding, Masquerade, Outcome, Part, Stage, breakage, restart,
 };
@@ -107,6 +108,10 @@ fn expected(crossing: Crossing) -> Expected {
             of_a_family: &["every pod reaches every pod", "on the wire it is UDP"],
             never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
         },
+        Crossing::Sealed => Expected {
+            of_a_family: &["every pod reaches every pod", "on the wire it cannot be read"],
+            never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
+        },
         Crossing::Plain => Expected {
             of_a_family: &["every pod reaches every pod", "on the wire it is as sent"],
             never: &["a neighbour deleted", "an FDB entry deleted", "podnet says why"],
@@ -119,7 +124,9 @@ fn expected(crossing: Crossing) -> Expected {
 }
 
 /// Whether this machine has what the demo needs of it.
-fn possible(backend: DemoBackend, masquerade: Masquerade) -> Result<(), String> {
+async fn possible(spec: DemoSpec) -> Result<(), String> {
+    let DemoSpec { backend, masquerade, .. } = spec;
+    spec.check().await.map_err(|error| error.to_string())?;
     if backend == DemoBackend::Custom {
         let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
         tun.map_err(|error| format!("/dev/net/tun cannot be opened: {error}"))?;
@@ -134,8 +141,9 @@ fn possible(backend: DemoBackend, masquerade: Masquerade) -> Result<(), String> 
 /// that is skipped, and nothing else.
 async fn every_line_holds(spec: DemoSpec) {
     let DemoSpec { backend, families, masquerade, .. } = spec;
-    if let Err(why) = possible(backend, masquerade) {
-        println!("skipped: the demo with {backend} and {masquerade:?}: {why}");
+    if let Err(why) = possible(spec).await {
+        // Not through the macro, whose output libtest keeps to itself.
+        let _ = writeln!(io::stderr(), "skipped: the demo with {backend} and {masquerade:?}: {why}");
         return;
     }
     let findings = whole_demo(spec).await;
@@ -145,7 +153,7 @@ async fn every_line_holds(spec: DemoSpec) {
     assert_eq!(findings.last().map(|finding| finding.part), Some(Part::Removal), "it went to the end");
     assert!(skipped.iter().all(|finding| finding.seen == "needs nodes that reach each other"), "{skipped:?}");
     let needing_others = match spec.crossing() {
-        Crossing::Vxlan | Crossing::Udp | Crossing::Plain => 0,
+        Crossing::Vxlan | Crossing::Udp | Crossing::Sealed | Crossing::Plain => 0,
         // Size, wire, throughput, pod to pod, DNS, a route; and the restart.
         Crossing::Nowhere => 6 * families.families().count() + 1,
     };
@@ -157,7 +165,7 @@ async fn every_line_holds(spec: DemoSpec) {
     // Plain routes go with the underlay's link, and IPv6 addresses do.
     let link_matters = match spec.crossing() {
         Crossing::Plain => true,
-        Crossing::Vxlan | Crossing::Udp => families.has(Family::V6),
+        Crossing::Vxlan | Crossing::Udp | Crossing::Sealed => families.has(Family::V6),
         Crossing::Nowhere => false,
     };
     wanted.extend(link_matters.then(|| "ens4 set down and up".to_owned()));
@@ -215,6 +223,9 @@ every_line_of_the_demo_holds! {
     every_line_holds_with_host_gw_in_ipv6_on_one_ethernet: HostGw, V6, Lan;
     with_host_gw_nobody_is_reached_in_either_family_on_googles_cloud_and_the_demo_says_so: HostGw, DUAL, Gcp;
     every_line_holds_with_host_gw_in_both_families_on_one_ethernet: HostGw, DUAL, Lan;
+    every_line_holds_with_wireguard_in_ipv4_on_googles_cloud: WireGuard, V4, Gcp;
+    every_line_holds_with_wireguard_in_ipv6_on_one_ethernet: WireGuard, V6, Lan;
+    every_line_holds_with_wireguard_in_both_families_on_googles_cloud: WireGuard, DUAL, Gcp;
     every_line_holds_with_a_custom_backend_in_ipv4_on_googles_cloud: Custom, V4, Gcp;
     every_line_holds_with_a_custom_backend_in_ipv4_on_one_ethernet: Custom, V4, Lan;
     every_line_holds_with_a_custom_backend_in_ipv6_on_googles_cloud: Custom, V6, Gcp;
@@ -274,4 +285,26 @@ async fn what_does_not_hold_is_told_as_a_failure() {
     }
     cluster.remove(&mut stage).await;
     assert_eq!(stage.findings().last().unwrap().outcome, Outcome::Fails, "docker0 is missed at the end too");
+}
+
+/// What shows that WireGuard cannot be read would show it of nothing else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn that_nothing_can_be_read_is_not_said_of_a_wire_in_plain_text() {
+    let _turn = TURNS.acquire().await.unwrap();
+    for backend in [DemoBackend::HostGw, DemoBackend::Vxlan] {
+        let listener = Listener::default();
+        let mut stage = Stage::new(&listener);
+        let cluster = Cluster::build(spec(2, backend, DUAL, Underlay::Lan), &mut stage).await.unwrap();
+        assert_all(stage.findings(), Outcome::Holds);
+        let told = stage.findings().len();
+        for family in Family::BOTH {
+            stage.show(Part::Proof, "unreadable", sealed::unreadable(&cluster, family)).await;
+        }
+        assert_all(&stage.findings()[told..], Outcome::Fails);
+        for finding in &stage.findings()[told..] {
+            let both = "shows what the pods say and the pods' addresses";
+            assert!(finding.details.iter().any(|line| line.ends_with(both)), "{finding:#?}");
+            assert!(finding.seen.contains("CAN BE READ"), "{finding:#?}");
+        }
+    }
 }

@@ -14,8 +14,9 @@ use podnet_tun_udp::TunUdp;
 use podnet_vxlan::Vxlan;
 use serde::Serialize;
 
+use super::wireguard::{self, Seat};
 use crate::cluster::UNDERLAY_INTERFACE;
-use crate::{LabError, Node, Route, Underlay};
+use crate::{LabError, LabSpec, Node, Route, Underlay, families};
 
 /// A backend as the demo shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,6 +28,9 @@ pub enum DemoBackend {
     VxlanDirect,
     /// flannel's host-gw: plain routes, so that all nodes must be on one layer 2.
     HostGw,
+    /// flannel's WireGuard: every packet between nodes is encrypted, and podnet lets none out that is not.
+    #[serde(rename = "wireguard")]
+    WireGuard,
     /// One that is no part of podnet: IP in UDP through a TUN device, which its own driver serves in user space.
     Custom,
 }
@@ -38,6 +42,8 @@ pub enum Crossing {
     Vxlan,
     /// In UDP, from node to node, with nothing between the two headers.
     Udp,
+    /// Encrypted, in UDP from node to node.
+    Sealed,
     /// As the pod sent it, from the one node's Ethernet address to the other's.
     Plain,
     /// Not at all: podnet says of every peer that it is unreachable, and why.
@@ -46,13 +52,17 @@ pub enum Crossing {
 
 impl DemoBackend {
     /// Gives it to a node.
-    pub(crate) fn on(self, builder: NodeBuilder) -> NodeBuilder {
-        match self {
+    pub(super) fn on(self, builder: NodeBuilder, seat: Option<&Seat>) -> Result<NodeBuilder, LabError> {
+        Ok(match self {
             DemoBackend::Vxlan => builder.backend(Vxlan::new()),
             DemoBackend::VxlanDirect => builder.backend(Vxlan::new().direct_routing(true)),
             DemoBackend::HostGw => builder.backend(HostGw::new()),
+            DemoBackend::WireGuard => {
+                let seat = seat.ok_or_else(|| LabError::Invalid("a node of WireGuard needs a key".to_owned()))?;
+                builder.backend(seat.backend()?).require_encryption(true)
+            }
             DemoBackend::Custom => builder.backend(TunUdp::new()),
-        }
+        })
     }
 
     /// The `Backend` section of the cluster's configuration.
@@ -61,6 +71,7 @@ impl DemoBackend {
             DemoBackend::Vxlan => r#"{"Type":"vxlan"}"#,
             DemoBackend::VxlanDirect => r#"{"Type":"vxlan","DirectRouting":true}"#,
             DemoBackend::HostGw => r#"{"Type":"host-gw"}"#,
+            DemoBackend::WireGuard => r#"{"Type":"wireguard"}"#,
             DemoBackend::Custom => r#"{"Type":"tun-udp"}"#,
         }
     }
@@ -68,7 +79,9 @@ impl DemoBackend {
     /// The underlay that it is shown on unless another is asked for.
     pub fn usual_underlay(self) -> Underlay {
         match self {
-            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::Custom => Underlay::Gcp,
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::WireGuard | DemoBackend::Custom => {
+                Underlay::Gcp
+            }
             DemoBackend::HostGw => Underlay::Lan,
         }
     }
@@ -80,27 +93,34 @@ impl DemoBackend {
             (DemoBackend::VxlanDirect, Underlay::Gcp) => Crossing::Vxlan,
             (DemoBackend::VxlanDirect | DemoBackend::HostGw, Underlay::Lan) => Crossing::Plain,
             (DemoBackend::HostGw, Underlay::Gcp) => Crossing::Nowhere,
+            (DemoBackend::WireGuard, Underlay::Gcp | Underlay::Lan) => Crossing::Sealed,
             (DemoBackend::Custom, Underlay::Gcp | Underlay::Lan) => Crossing::Udp,
         }
     }
 
-    /// Its device for a family, where it has one.
+    /// Its device for a family, where it has one. In user space WireGuard's has another name on each node: [`super::PodNetwork::device`] knows it.
     pub fn device(self, family: Family) -> Option<&'static str> {
         match (self, family) {
             (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V4) => Some("flannel.1"),
             (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V6) => Some("flannel-v6.1"),
             (DemoBackend::HostGw, _) => None,
+            (DemoBackend::WireGuard, _) => Some(wireguard::flannels_device(family)),
             // Of both families.
             (DemoBackend::Custom, _) => Some("podnet-udp0"),
         }
     }
 
-    /// Whether packets go on while podnet does not run: so where the kernel carries them.
+    /// Whether packets go on while podnet does not run: so where the kernel carries them, or a daemon.
     pub(crate) fn carries_without_podnet(self) -> bool {
         match self {
-            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::HostGw => true,
+            DemoBackend::Vxlan | DemoBackend::VxlanDirect | DemoBackend::HostGw | DemoBackend::WireGuard => true,
             DemoBackend::Custom => false,
         }
+    }
+
+    /// Whether a process copies, or encrypts, every packet: where the kernel has no WireGuard, wireguard-go does.
+    pub(crate) fn is_slow(self) -> bool {
+        matches!(self, DemoBackend::WireGuard | DemoBackend::Custom)
     }
 
     /// What its device is made with, as `ip -d link` shows it, where it is a VXLAN device.
@@ -109,7 +129,7 @@ impl DemoBackend {
             DemoBackend::Vxlan | DemoBackend::VxlanDirect => {
                 Some(format!("vxlan id 1 local {local} dev {UNDERLAY_INTERFACE} dstport 8472 nolearning"))
             }
-            DemoBackend::HostGw | DemoBackend::Custom => None,
+            DemoBackend::HostGw | DemoBackend::WireGuard | DemoBackend::Custom => None,
         }
     }
 
@@ -118,17 +138,27 @@ impl DemoBackend {
         match self {
             DemoBackend::Vxlan | DemoBackend::VxlanDirect => vxlan_overhead(family),
             DemoBackend::HostGw => 0,
+            // As flannel: that of IPv6 in either family.
+            DemoBackend::WireGuard => sealed_overhead(Family::V6),
             DemoBackend::Custom => udp_overhead(family),
         }
     }
 
-    /// The route that a node should have to a peer's subnet, as flannel would write it: protocol boot. None where no way leads there.
-    pub(crate) fn route(self, underlay: Underlay, subnet: IpNetwork, peer: &Node) -> Result<Option<Route>, LabError> {
+    /// The route that a node should have to a peer's subnet, as flannel would write it: protocol boot; with WireGuard that of the whole network, which
+    /// is one for all peers. None where no way leads there.
+    pub(crate) fn route(
+        self,
+        spec: &LabSpec,
+        device: Option<&str>,
+        subnet: IpNetwork,
+        peer: &Node,
+    ) -> Result<Option<Route>, LabError> {
         let family = Family::of(subnet.ip());
-        let route = match (self.crossing(underlay), self.device(family)) {
+        let route = match (self.crossing(spec.underlay), device) {
             (Crossing::Vxlan, Some(device)) => Route::via(subnet, subnet.network(), device).onlink(),
             (Crossing::Udp, Some(device)) => Route::onto(subnet, device),
-            (Crossing::Vxlan | Crossing::Udp, None) => {
+            (Crossing::Sealed, Some(device)) => Route::onto(families::network(&spec.networks, family)?, device),
+            (Crossing::Vxlan | Crossing::Udp | Crossing::Sealed, None) => {
                 return Err(LabError::Invalid(format!("{self} has no device for {family}")));
             }
             (Crossing::Plain, _) => Route::via(subnet, peer.ip_in(family)?, UNDERLAY_INTERFACE),
@@ -145,6 +175,7 @@ impl fmt::Display for DemoBackend {
             DemoBackend::Vxlan => "VXLAN",
             DemoBackend::VxlanDirect => "VXLAN with direct routing",
             DemoBackend::HostGw => "host-gw",
+            DemoBackend::WireGuard => "WireGuard",
             DemoBackend::Custom => "a custom backend (IP in UDP)",
         })
     }
@@ -163,5 +194,13 @@ pub(crate) fn udp_overhead(family: Family) -> u32 {
     match family {
         Family::V4 => 28,
         Family::V6 => 48,
+    }
+}
+
+/// WireGuard 32, UDP 8, and the outer IP header: 20 or 40.
+pub(crate) fn sealed_overhead(family: Family) -> u32 {
+    match family {
+        Family::V4 => 60,
+        Family::V6 => 80,
     }
 }

@@ -3,6 +3,7 @@
 //! The kernel is watched, not podnet: the time runs from the kernel's acknowledgement of the break until its state is what it was before.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
@@ -12,14 +13,18 @@ use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
-use super::proofs::{reaches, seen_outside};
+use super::proofs::sealed::{Chatter, Wire};
+use super::proofs::{SESSION, reaches, seen_outside};
 use super::{Cluster, Crossing, DemoError, Part, Seen, Stage};
 use crate::cluster::UNDERLAY_INTERFACE;
-use crate::families::is_link_local;
-use crate::{Host, LabError, Node, Route};
+use crate::families::{self, is_link_local};
+use crate::{Host, LabError, Netns, Node, Route, wait_until};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
 const DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long hosts may take to find each other on a link that is up again: the kernel asks three times, once a second.
+const NEIGHBOURS: Duration = Duration::from_secs(3);
 
 /// RTPROT_KERNEL: what the kernel makes with an address.
 const PROTOCOL_KERNEL: u8 = 2;
@@ -35,22 +40,23 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     for family in cluster.spec().families.families() {
         let named = |claim: &str| cluster.named(claim, family);
         stage.show(part, &named("a route deleted"), route(cluster, family)).await;
-        if let Some(device) = cluster.spec().backend.device(family).filter(|device| !broken.contains(device)) {
-            broken.push(device);
+        let usual = cluster.spec().backend.device(family).filter(|device| !broken.contains(device));
+        if let Some((usual, device)) = usual.zip(cluster.device(cluster.first(), family)) {
+            broken.push(usual);
             let on = Overlay { cluster, family, device };
             if cluster.crossing() == Crossing::Vxlan {
                 stage.show(part, &named("a neighbour deleted"), on.neighbour()).await;
                 stage.show(part, &named("an FDB entry deleted"), on.fdb_entry()).await;
             }
-            stage.show(part, &format!("{device} set down and up"), on.down_and_up()).await;
-            stage.show(part, &format!("{device} deleted"), on.deleted()).await;
+            stage.show(part, &format!("{usual} set down and up"), on.down_and_up()).await;
+            stage.show(part, &format!("{usual} deleted"), on.deleted()).await;
         }
         stage.show(part, &named(cluster.spec().masquerade.breakage()), rules(cluster, family)).await;
     }
     // What it takes away: plain routes, and IPv6 addresses with all that stands on them. Of encapsulation over IPv4 it takes nothing.
     let takes_something = match cluster.crossing() {
         Crossing::Plain => true,
-        Crossing::Vxlan | Crossing::Udp => cluster.spec().families.has(Family::V6),
+        Crossing::Vxlan | Crossing::Udp | Crossing::Sealed => cluster.spec().families.has(Family::V6),
         Crossing::Nowhere => false,
     };
     if takes_something {
@@ -70,8 +76,10 @@ async fn underlay(cluster: &Cluster) -> Result<Seen, DemoError> {
         host.set_up(UNDERLAY_INTERFACE).await?;
         configuration.restore(host).await
     };
-    let took = repair(cluster, shake, || NodeState::of(host)).await?;
-    repaired(cluster, cluster.spec().families.families(), took, "all that went with it, once it had its addresses")
+    let repair = repair(cluster, shake, || NodeState::of(host)).await?;
+    // The nodes look for each other's Ethernet addresses anew, and ask again after a second.
+    let repair = Repair { patience: repair.patience.max(NEIGHBOURS), ..repair };
+    repaired(cluster, cluster.spec().families.families(), repair, "all that went with it, once it had its addresses")
         .await
 }
 
@@ -117,7 +125,12 @@ async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
         return cluster.cannot();
     };
     let host = cluster.first().host();
-    let subnet = cluster.lab().spec().subnet(other.index(), family)?;
+    let spec = cluster.lab().spec();
+    let subnet = match cluster.crossing() {
+        // One for all peers.
+        Crossing::Sealed => families::network(&spec.networks, family)?,
+        Crossing::Vxlan | Crossing::Udp | Crossing::Plain | Crossing::Nowhere => spec.subnet(other.index(), family)?,
+    };
     let routes = host.routes_in(family).await?;
     let Some(victim) = routes.into_iter().find(|route| route.destination == subnet) else {
         return Ok(Seen::new(false, format!("there is no route to {subnet} to delete")));
@@ -142,7 +155,7 @@ async fn rules(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
 struct Overlay<'a> {
     cluster: &'a Cluster,
     family: Family,
-    device: &'static str,
+    device: &'a str,
 }
 
 impl Overlay<'_> {
@@ -150,8 +163,8 @@ impl Overlay<'_> {
         self.cluster.first().host()
     }
 
-    async fn repaired(&self, took: Duration, what: &str) -> Result<Seen, DemoError> {
-        repaired(self.cluster, [self.family], took, what).await
+    async fn repaired(&self, repair: Repair, what: &str) -> Result<Seen, DemoError> {
+        repaired(self.cluster, [self.family], repair, what).await
     }
 
     async fn neighbour(&self) -> Result<Seen, DemoError> {
@@ -189,6 +202,7 @@ impl Overlay<'_> {
         let with_it = match self.cluster.crossing() {
             Crossing::Vxlan => "its address, neighbours, routes",
             Crossing::Udp => "its addresses, routes",
+            Crossing::Sealed => "its address, routes, peers",
             Crossing::Plain | Crossing::Nowhere => "its address",
         };
         self.repaired(took, with_it).await
@@ -213,24 +227,39 @@ impl Overlay<'_> {
     }
 }
 
-/// Breaks something on the first node; returns how long it took until what `look` looks at was as before.
+/// Breaks something on the first node and waits until what `look` looks at is as before.
 async fn repair<Look>(
     cluster: &Cluster,
     breaking: impl Future<Output = Result<(), LabError>>,
     look: impl Fn() -> Look,
-) -> Result<Duration, DemoError>
+) -> Result<Repair, DemoError>
 where
     Look: Future<Output = Result<NodeState, LabError>>,
 {
     let host: &Host = cluster.first().host();
     let (whole, watched) = (NodeState::of(host).await?, look().await?);
+    let listening = match cluster.crossing() {
+        Crossing::Sealed => Some((Wire::listen(cluster).await?, Chatter::start(cluster)?)),
+        Crossing::Vxlan | Crossing::Udp | Crossing::Plain | Crossing::Nowhere => None,
+    };
     breaking.await?;
     let broken = Instant::now();
     wait_for(&watched, look).await?;
     let took = broken.elapsed();
     // And nothing else has changed by it.
     wait_for(&whole, || NodeState::of(host)).await?;
-    Ok(took)
+    // Two nodes may have to agree on keys anew, and a device in user space gets its peers after all else: neither is seen in the kernel.
+    let patience = if listening.is_some() { SESSION } else { Duration::ZERO };
+    Ok(Repair { took, patience, listening })
+}
+
+/// What was broken is there again.
+struct Repair {
+    took: Duration,
+    /// How long pods may take to reach each other then; zero where the first packet must be answered.
+    patience: Duration,
+    /// Who heard what was on the wire meanwhile, while pods talked, where nobody should read it.
+    listening: Option<(Wire, Chatter)>,
 }
 
 async fn wait_for<Look>(wanted: &NodeState, look: impl Fn() -> Look) -> Result<(), LabError>
@@ -255,21 +284,38 @@ where
     }
 }
 
+async fn reaches_within(patience: Duration, from: &Netns, to: IpAddr) -> Result<bool, LabError> {
+    match wait_until("an answer", patience, || reaches(from, to)).await {
+        Ok(_) => Ok(true),
+        Err(LabError::Deadline { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// The kernel holds it again; it must work too.
 async fn repaired(
     cluster: &Cluster,
     families: impl IntoIterator<Item = Family>,
-    took: Duration,
+    repair: Repair,
     what: &str,
 ) -> Result<Seen, DemoError> {
     let node: &Node = cluster.first();
     let mut works = true;
     if let Some(other) = cluster.other() {
         for family in families {
-            works &= reaches(node.pods()[0].netns(), other.pods()[0].ip_in(family)?).await?;
+            let (from, to) = (node.pods()[0].netns(), other.pods()[0].ip_in(family)?);
+            works &= reaches_within(repair.patience, from, to).await?;
         }
     }
-    let took_ms = milliseconds(took);
-    let text = format!("{took_ms:>6.1} ms  {what}{}", if works { "" } else { ", but pods do not reach each other" });
-    Ok(Seen::new(works, text).figures(json!({ "repaired_ms": took_ms })))
+    let took_ms = milliseconds(repair.took);
+    let mut text =
+        format!("{took_ms:>6.1} ms  {what}{}", if works { "" } else { ", but pods do not reach each other" });
+    let mut leaked = Vec::new();
+    if let Some((wire, _chatter)) = repair.listening {
+        let heard = wire.heard();
+        text.push_str(&format!("; {}", heard.summary()));
+        works &= heard.is_unreadable();
+        leaked.extend(heard.told());
+    }
+    Ok(Seen::new(works, text).details(leaked).figures(json!({ "repaired_ms": took_ms })))
 }

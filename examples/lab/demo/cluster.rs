@@ -3,6 +3,7 @@
 //! It builds in the order in which a real cluster comes up, and takes podnet away before anything else.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
@@ -15,6 +16,7 @@ use serde_json::json;
 use super::node_state::NodeState;
 use super::pod_network::PodNetwork;
 use super::proofs::ECHO_PORT;
+use super::wireguard::{Carrier, Seat};
 use super::{Crossing, DemoBackend, DemoError, Masquerade, Part, Seen, Stage};
 use crate::cluster::{DOCKER_BRIDGE, gateway, outside, underlay_network};
 use crate::host::LinkState;
@@ -45,6 +47,19 @@ impl DemoSpec {
     /// How packets get from node to node.
     pub fn crossing(&self) -> Crossing {
         self.backend.crossing(self.underlay)
+    }
+
+    /// An error where this machine lacks what the backend needs, before anything is built.
+    pub async fn check(&self) -> Result<(), LabError> {
+        self.carrier().await.map(drop)
+    }
+
+    /// Who serves WireGuard's devices, where that is the backend.
+    async fn carrier(&self) -> Result<Option<Carrier>, LabError> {
+        match self.backend {
+            DemoBackend::WireGuard => Carrier::find().await.map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -77,6 +92,8 @@ pub struct Cluster {
     lab: Lab,
     subnets: MemorySubnets,
     networks: Vec<PodNetwork>,
+    /// Of each node, where the backend is WireGuard. After the networks: what still runs would make anew what goes with it.
+    seats: Vec<Arc<Seat>>,
     before: Vec<Before>,
     servers: Servers,
 }
@@ -92,9 +109,9 @@ impl Cluster {
     /// Builds it, and tells of each step.
     pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
         let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
-        let (subnets, networks) = stage.need(Part::Build, "podnet", pod_networks(&lab, spec)).await?;
+        let (subnets, networks, seats) = stage.need(Part::Build, "podnet", pod_networks(&lab, spec)).await?;
         let servers = stage.need(Part::Build, "pods", pods(&mut lab, spec, &networks)).await?;
-        Ok(Self { spec, lab, subnets, networks, before, servers })
+        Ok(Self { spec, lab, subnets, networks, seats, before, servers })
     }
 
     /// What was asked for.
@@ -130,6 +147,11 @@ impl Cluster {
 
     pub(crate) fn networks(&self) -> &[PodNetwork] {
         &self.networks
+    }
+
+    /// The overlay's device of a family on a node, where it has one.
+    pub fn device(&self, node: &Node, family: Family) -> Option<&str> {
+        self.networks.get(node.index())?.device(family)
     }
 
     pub(crate) fn before(&self, node: usize) -> &Before {
@@ -172,7 +194,8 @@ impl Cluster {
     pub(crate) async fn restart(&mut self, node: usize) -> Result<(), DemoError> {
         let peers = self.lab.nodes().len() - 1;
         self.networks.remove(node).stop(Shutdown::Keep).await?;
-        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec).await?;
+        let seat = self.seats.get(node).cloned();
+        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec, seat).await?;
         let ready = network.wait_ready(peers, self.crossing() != Crossing::Nowhere).await;
         self.networks.insert(node, network);
         ready.map(drop)
@@ -237,8 +260,10 @@ async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> 
     Ok(((lab, before), Seen::new(true, text).figures(figures)))
 }
 
+type PodNetworks = (MemorySubnets, Vec<PodNetwork>, Vec<Arc<Seat>>);
+
 /// One store for the cluster, a subnet of each family assigned to each node as Kubernetes assigns podCIDRs, and podnet on every node.
-async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<PodNetwork>), Seen), DemoError> {
+async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<(PodNetworks, Seen), DemoError> {
     let invalid = |what: String| DemoError::Lab(LabError::Invalid(what));
     let config = NetworkConfig::new(lab.spec().networks).and_then(|config| config.with_backend(spec.backend.section()));
     let config = config.map_err(|error| invalid(error.to_string()))?;
@@ -248,8 +273,16 @@ async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<
         subnets.assign(&name, lab.spec().subnets(node.index()));
     }
 
+    let carrier = spec.carrier().await?;
+    let seats = lab.nodes().iter().filter_map(|_| carrier.as_ref()).map(|carrier| Seat::new(carrier).map(Arc::new));
+    let seats = seats.collect::<Result<Vec<_>, _>>()?;
+
     let start = std::time::Instant::now();
-    let networks = try_join_all(lab.nodes().iter().map(|node| PodNetwork::start(node, &subnets, spec))).await?;
+    let started = lab.nodes().iter().map(|node| {
+        let seat = seats.get(node.index()).cloned();
+        PodNetwork::start(node, &subnets, spec, seat)
+    });
+    let networks = try_join_all(started).await?;
     let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
     try_join_all(networks.iter().map(|network| network.wait_ready(peers, reachable))).await?;
     let ready_ms = milliseconds(start.elapsed());
@@ -259,13 +292,18 @@ async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<((MemorySubnets, Vec<
         ranges.push(format!("network {network}, a /{} each", subnet.prefix()));
     }
     let text = format!(
-        "{} ready after {ready_ms:.0} ms; {}, MTU {}{}",
+        "{} ready after {ready_ms:.0} ms; {}, MTU {}{}{}",
         all(lab),
         ranges.join("; "),
         pod_mtu(lab.spec(), spec.backend),
-        if reachable { "" } else { "; no peer is reachable" }
+        if reachable { "" } else { "; no peer is reachable" },
+        match &carrier {
+            Some(Carrier::Kernel) => "; encrypted by the kernel".to_owned(),
+            Some(Carrier::Program(program)) => format!("; encrypted by {}", program.display()),
+            None => String::new(),
+        }
     );
-    Ok(((subnets, networks), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
+    Ok(((subnets, networks, seats), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }
 
 /// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.

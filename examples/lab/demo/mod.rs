@@ -21,12 +21,14 @@ pub mod node_state;
 pub mod pod_network;
 pub mod proofs;
 pub mod restart;
+pub mod wireguard;
 
 pub use backend::{Crossing, DemoBackend};
 pub use cluster::{Cluster, DemoSpec};
 pub use error::DemoError;
 pub use finding::{Audience, Finding, Outcome, Part, Seen, Stage};
 pub use masquerade::Masquerade;
+pub use pod_network::PodNetwork;
 
 use podnet::types::Family;
 

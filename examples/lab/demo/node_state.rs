@@ -93,6 +93,7 @@ pub async fn routes(host: &Host) -> Result<NodeState, LabError> {
     for family in Family::BOTH {
         let routes = host.routes_in(family).await?.into_iter();
         lines.extend(routes.map(|route| format!("route {}", crate::Route { nexthop_id: None, ..route })));
+        lines.extend(host.blackholes(family).await?.into_iter().map(|hole| format!("route {hole}")));
     }
     Ok(NodeState(lines))
 }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use podnet::driver::NetworkNamespace;
 use podnet::status::{PeerCounts, Report};
 use podnet::subnet::memory::MemorySubnets;
+use podnet::types::Family;
 use podnet::{Overlay, Shutdown};
-use tokio::task::JoinHandle;
 
+use super::wireguard::Seat;
 use super::{DemoError, DemoSpec, service_network};
+use crate::probe::AbortOnDrop;
 use crate::{LabError, Node};
 
 /// How long an overlay may take to become ready. Seen: some 10 ms.
@@ -22,12 +24,19 @@ const STOPPED: Duration = Duration::from_secs(5);
 pub struct PodNetwork {
     node: String,
     overlay: Arc<dyn Overlay>,
-    runner: JoinHandle<()>,
+    runner: AbortOnDrop<()>,
+    spec: DemoSpec,
+    seat: Option<Arc<Seat>>,
 }
 
 impl PodNetwork {
     /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
-    pub async fn start(node: &Node, subnets: &MemorySubnets, spec: DemoSpec) -> Result<Self, DemoError> {
+    pub(super) async fn start(
+        node: &Node,
+        subnets: &MemorySubnets,
+        spec: DemoSpec,
+        seat: Option<Arc<Seat>>,
+    ) -> Result<Self, DemoError> {
         let namespace = node
             .netns()
             .fd()
@@ -35,7 +44,7 @@ impl PodNetwork {
             .map_err(|source| LabError::Io { what: format!("duplicating the namespace of {}", node.name()), source })?;
         let fails = |source| DemoError::Podnet { node: node.name().to_owned(), source };
         let namespace = NetworkNamespace::File(Arc::new(namespace));
-        let builder = spec.backend.on(podnet::Node::builder(node.name(), subnets.clone()));
+        let builder = spec.backend.on(podnet::Node::builder(node.name(), subnets.clone()), seat.as_deref())?;
         let mut builder = spec.masquerade.on(builder.network_namespace(namespace))?;
         for family in node.addresses().families() {
             let network = service_network(family);
@@ -43,7 +52,15 @@ impl PodNetwork {
             builder = builder.reserve(parsed, "the service network");
         }
         let (overlay, runner) = builder.build().map_err(fails)?.start().await.map_err(fails)?;
-        Ok(Self { node: node.name().to_owned(), overlay, runner: tokio::spawn(runner) })
+        Ok(Self { node: node.name().to_owned(), overlay, runner: AbortOnDrop(tokio::spawn(runner)), spec, seat })
+    }
+
+    /// The overlay's device of a family on this node, where it has one.
+    pub fn device(&self, family: Family) -> Option<&str> {
+        match &self.seat {
+            Some(seat) => Some(seat.device(family)),
+            None => self.spec.backend.device(family),
+        }
     }
 
     /// The handle.
@@ -75,9 +92,9 @@ impl PodNetwork {
     }
 
     /// Stops podnet and waits until its task has returned.
-    pub async fn stop(self, how: Shutdown) -> Result<Report, DemoError> {
+    pub async fn stop(mut self, how: Shutdown) -> Result<Report, DemoError> {
         let report = self.overlay.shutdown(how).await.map_err(|error| self.fails(error))?;
-        let problem = match tokio::time::timeout(STOPPED, self.runner).await {
+        let problem = match tokio::time::timeout(STOPPED, &mut self.runner.0).await {
             Ok(Ok(())) => return Ok(report),
             Ok(Err(error)) => format!("did not end well: {error}"),
             Err(_) => format!("did not return within {STOPPED:?} after a shutdown"),

@@ -15,7 +15,7 @@ use crate::probe::{PingOptions, PingReport, PingStream, SteadyStream};
 /// Bytes a second of the TCP stream: full-size segments without end, but no more than a busy machine of two cores carries beside
 /// the pings. A stream that fills every queue would lose pings with no restart at all.
 const STREAM: u64 = 25_000_000;
-/// The same where a process copies every packet, and the milliseconds between pings: a tenth of the load, so that no queue is full.
+/// The same where a process copies or encrypts every packet, and the milliseconds between pings: a tenth of the load, so that no queue is full.
 const SLOW: (u64, u64) = (2_500_000, 10);
 /// How long after podnet is ready again packets may still be lost, where its own process carries them.
 const RECOVERED: Duration = Duration::from_secs(1);
@@ -35,7 +35,7 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let host = cluster.first().host().clone();
     let before = NodeState::of(&host).await?;
     let lossless = cluster.spec().backend.carries_without_podnet();
-    let (rate, every_ms) = if lossless { (STREAM, 1) } else { SLOW };
+    let (rate, every_ms) = if cluster.spec().backend.is_slow() { SLOW } else { (STREAM, 1) };
     let every = PingOptions { interval: Duration::from_millis(every_ms), ..PingOptions::default() };
     let (mut pings, mut streams) = (Vec::new(), Vec::new());
     for family in cluster.spec().families.families() {
@@ -76,7 +76,11 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let text = format!(
         "{lost} of {sent} pings, both ways{}, one {}; TCP {} ({} MB, longest pause {:.0} ms)",
         if streams.len() > 1 { " in both families" } else { "" },
-        if lossless { "a ms" } else { "every 10 ms (podnet's process carries them)" },
+        match (every_ms, lossless) {
+            (1, _) => "a ms".to_owned(),
+            (_, true) => format!("every {every_ms} ms"),
+            (_, false) => format!("every {every_ms} ms (podnet's process carries them)"),
+        },
         match (broken, stalled) {
             (Some(why), _) => format!("broke: {why}"),
             (None, true) => "stalled".to_owned(),

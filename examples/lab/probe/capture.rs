@@ -1,6 +1,7 @@
 //! Seeing what is on a wire: frames of one interface, decoded as far as a VXLAN network needs.
 //!
-//! A packet socket (AF_PACKET), so nothing is changed on the interface. It keeps a bounded number of decoded frames and never their payload.
+//! A packet socket (AF_PACKET), so nothing is changed on the interface. It keeps a bounded number of decoded frames and never their payload, but says of it
+//! whether something is in it that was looked for.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -62,7 +63,12 @@ pub struct Frame {
     pub vxlan: Option<VxlanHeader>,
     /// The IP packet that UDP carries with nothing before it, where the destination port is 8285 (flannel's `udp` backend, and the custom one here).
     pub in_udp: Option<IpHeader>,
+    /// Which of the things that [`Capture::looking_for`] was told are somewhere in its bytes, by their names.
+    pub reveals: Vec<&'static str>,
 }
+
+/// Bytes to look for in every frame, and their name.
+pub type Needle = (&'static str, Vec<u8>);
 
 /// An IP header of either family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -159,12 +165,21 @@ impl Capture {
         Self::of(host, interface, |_| true).await
     }
 
+    /// The same, and looks in each frame for bytes.
+    pub async fn looking_for(host: &Host, interface: &str, needles: Vec<Needle>) -> Result<Self, LabError> {
+        Self::open(host, interface, needles, Box::new(|_| true)).await
+    }
+
     /// Captures on an interface, keeping the frames that `wanted` says yes to; the counters count all.
     pub async fn of(
         host: &Host,
         interface: &str,
         wanted: impl Fn(&Frame) -> bool + Send + 'static,
     ) -> Result<Self, LabError> {
+        Self::open(host, interface, Vec::new(), Box::new(wanted)).await
+    }
+
+    async fn open(host: &Host, interface: &str, needles: Vec<Needle>, wanted: Wanted) -> Result<Self, LabError> {
         let index = host.link(interface).await?.index as usize;
         let what = format!("the capture on {interface} in {}", host.name());
         let socket = host.netns().open(&format!("capturing on {interface}"), || {
@@ -176,7 +191,7 @@ impl Capture {
         })?;
         let socket = register(socket).context(|| format!("registering {what} with tokio"))?;
         let store = Arc::new(Mutex::new(Store::default()));
-        let task = tokio::spawn(receive(socket, index, Box::new(wanted), Arc::clone(&store)));
+        let task = tokio::spawn(receive(socket, index, needles, wanted, Arc::clone(&store)));
         Ok(Self { store, what, _task: AbortOnDrop(task) })
     }
 
@@ -200,7 +215,7 @@ impl Capture {
     }
 }
 
-async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc<Mutex<Store>>) {
+async fn receive(socket: UdpSocket, interface: usize, needles: Vec<Needle>, wanted: Wanted, store: Arc<Mutex<Store>>) {
     let mut buffer = vec![0; 70_000];
     loop {
         let receive = || Ok(recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer)?);
@@ -213,9 +228,11 @@ async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc
             continue;
         }
         let direction = if address.pkttype() == OUTGOING { Direction::Out } else { Direction::In };
-        let Some(frame) = decode(direction, &buffer[..length]) else {
+        let Some(mut frame) = decode(direction, &buffer[..length]) else {
             continue;
         };
+        let found = needles.iter().filter(|(_, needle)| contains(&buffer[..length], needle));
+        frame.reveals.extend(found.map(|(name, _)| *name));
         let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
         store.seen += 1;
         store.fragments += u64::from(frame.ip.is_some_and(|header| header.fragment.is_some()));
@@ -226,6 +243,10 @@ async fn receive(socket: UdpSocket, interface: usize, wanted: Wanted, store: Arc
             store.frames.push_back(frame);
         }
     }
+}
+
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    !needle.is_empty() && bytes.windows(needle.len()).any(|window| window == needle)
 }
 
 /// Headers are enough: a frame of 64 KiB is decoded as fast as a small one, and lengths come from the headers.
@@ -244,6 +265,7 @@ fn decode(direction: Direction, bytes: &[u8]) -> Option<Frame> {
         udp: None,
         vxlan: None,
         in_udp: None,
+        reveals: Vec::new(),
     };
     if let Some(TransportSlice::Udp(udp)) = &packet.transport {
         frame.udp = Some(UdpHeader {

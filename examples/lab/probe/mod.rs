@@ -8,7 +8,7 @@ pub mod echo;
 pub mod ping;
 pub mod stream;
 
-pub use capture::{Capture, CaptureReport, Direction, Fragment, Frame, IpHeader, UdpHeader, VxlanHeader};
+pub use capture::{Capture, CaptureReport, Direction, Fragment, Frame, IpHeader, Needle, UdpHeader, VxlanHeader};
 pub use dns::{DnsAnswer, DnsServer, dns_query};
 pub use echo::{EchoServer, Transport, seen_as};
 pub use ping::{PingOptions, PingReport, PingStream, TooBig, ping, ping_all};
@@ -23,7 +23,7 @@ fn micros(duration: Duration) -> u64 {
 
 /// Aborts a background task when its owner goes, so that no probe outlives what started it.
 #[derive(Debug)]
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
+pub(crate) struct AbortOnDrop<T>(pub(crate) tokio::task::JoinHandle<T>);
 
 impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {

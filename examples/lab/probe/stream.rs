@@ -16,6 +16,8 @@ use crate::error::Context as _;
 use crate::{LabError, Netns};
 
 const CHUNK: usize = 128 * 1024;
+/// How often a stream with a rate writes, or more often where its rate is high.
+const WRITES_A_SECOND: u64 = 200;
 const CONNECT: Duration = Duration::from_secs(5);
 /// A receiver that gets nothing for so long has stalled: the first retransmission comes after 200 ms (TCP_RTO_MIN).
 const STALL: Duration = Duration::from_millis(200);
@@ -131,8 +133,10 @@ impl SteadyStream {
         let (mut server_side, _) = accepted.context(what)?;
 
         let sender = tokio::spawn(async move {
-            let chunk = vec![0; CHUNK];
-            let pause = bytes_per_second.map(|rate| Duration::from_secs_f64(CHUNK as f64 / rate.max(1) as f64));
+            // Little at a time where it is to be slow: a burst would fill the queues that the rate is to leave free.
+            let length = |rate: u64| usize::try_from(rate / WRITES_A_SECOND).unwrap_or(CHUNK).clamp(1, CHUNK);
+            let chunk = vec![0; bytes_per_second.map_or(CHUNK, length)];
+            let pause = bytes_per_second.map(|rate| Duration::from_secs_f64(chunk.len() as f64 / rate.max(1) as f64));
             let mut ticks = pause.map(tokio::time::interval);
             // The receiver reports how it ended.
             while client.write_all(&chunk).await.is_ok() {

@@ -7,10 +7,12 @@ mod masquerade;
 pub mod node_view;
 mod packet_size;
 pub mod reach;
+pub mod sealed;
 mod throughput;
 mod wire;
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use super::{Cluster, Crossing, Part, Stage};
 use crate::probe::{PingOptions, ping};
@@ -26,7 +28,7 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
     let named = |claim: &str, family| cluster.named(claim, family);
     for family in families() {
         match cluster.crossing() {
-            Crossing::Vxlan | Crossing::Udp | Crossing::Plain => {
+            Crossing::Vxlan | Crossing::Udp | Crossing::Sealed | Crossing::Plain => {
                 let claim = named("every pod reaches every pod", family);
                 stage.show(part, &claim, reach::every_pod(cluster, family)).await;
             }
@@ -56,6 +58,9 @@ pub async fn all(cluster: &Cluster, stage: &mut Stage<'_>) {
         stage.show(part, &claim, dns::resolves(cluster, family)).await;
     }
 }
+
+/// How long two nodes may take to agree on keys: WireGuard asks again after 5 s where an answer was lost.
+pub(crate) const SESSION: Duration = Duration::from_secs(12);
 
 /// Whether a pod on the first node is answered by one on the last.
 pub(crate) async fn reaches(from: &Netns, to: IpAddr) -> Result<bool, LabError> {

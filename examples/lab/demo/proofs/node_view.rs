@@ -12,11 +12,13 @@ use serde_json::json;
 
 use crate::cluster::{DOCKER_ADDRESS, DOCKER_BRIDGE, UNDERLAY_INTERFACE, gateway, underlay_network};
 use crate::demo::cluster::count;
-use crate::demo::{Cluster, DemoError, Seen};
-use crate::families::{is_link_local, nth};
+use crate::demo::{Cluster, Crossing, DemoError, Seen};
+use crate::families::{self, is_link_local, nth};
 use crate::pods::BRIDGE;
 use crate::{LabError, Node, Route, Underlay};
 
+/// The metric of podnet's blackhole: behind whatever else there is.
+const BLACKHOLE_METRIC: u32 = 1_885_601_792;
 /// RTPROT_BOOT, flannel's.
 const PROTOCOL_BOOT: u8 = 3;
 
@@ -46,7 +48,7 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
             Underlay::Lan => format!("{address}/{}", underlay_network(family).prefix()),
         });
         on_bridge.push(format!("{}/{}", nth(subnet, 1), subnet.prefix()));
-        if let Some(device) = backend.device(family) {
+        if let Some(device) = cluster.device(node, family) {
             let made = backend.made_with(address).map(|made| format!("  {made}")).unwrap_or_default();
             let overlay: &mut Overlay = overlays.entry(device).or_insert(Overlay { addresses: Vec::new(), mtu, made });
             overlay.addresses.push(format!("{}/{whole}", subnet.network()));
@@ -87,6 +89,7 @@ pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError
     let node = last(cluster)?;
     let (spec, backend, address) = (cluster.lab().spec(), cluster.spec().backend, node.ip_in(family)?);
     let (own, gateway) = (spec.subnet(node.index(), family)?, gateway(family));
+    let device = cluster.device(node, family);
     let mut expected = of_the_host(spec.underlay, address, gateway);
     match family {
         Family::V4 => {
@@ -96,18 +99,24 @@ pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError
         Family::V6 => {
             expected.insert(format!("{own} dev {BRIDGE} proto kernel metric 256"));
             // The kernel makes a route for every IPv6 address, however long its prefix.
-            let device = backend.device(family);
             expected.extend(device.map(|device| format!("{} dev {device} proto kernel metric 256", own.network())));
         }
     }
     for peer in cluster.lab().nodes().iter().filter(|peer| peer.index() != node.index()) {
         let subnet = spec.subnet(peer.index(), family)?;
-        expected.extend(backend.route(spec.underlay, subnet, peer)?.map(|route| route.to_string()));
+        expected.extend(backend.route(spec, device, subnet, peer)?.map(|route| route.to_string()));
     }
 
-    let routes = node.host().routes_in(family).await?;
-    let shown: Vec<_> = routes.iter().map(ToString::to_string).collect();
-    let found: Vec<_> = routes.into_iter().map(|route| as_flannel_writes(route).to_string()).collect();
+    if cluster.crossing() == Crossing::Sealed {
+        // Not flannel's: what is behind the device's route, so that without it nothing goes out in plain text.
+        let network = families::network(&spec.networks, family)?;
+        expected.insert(format!("blackhole {network} proto {PROTOCOL} metric {BLACKHOLE_METRIC}"));
+    }
+
+    let (routes, blackholes) = (node.host().routes_in(family).await?, node.host().blackholes(family).await?);
+    let shown: Vec<_> = routes.iter().map(ToString::to_string).chain(blackholes.iter().cloned()).collect();
+    let found = routes.into_iter().map(|route| as_flannel_writes(route).to_string()).chain(blackholes);
+    let found: Vec<_> = found.collect();
     Ok(compared(cluster, &expected, &found, shown, "route", ", but for the protocol number"))
 }
 

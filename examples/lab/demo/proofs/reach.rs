@@ -6,10 +6,11 @@ use std::time::Duration;
 use podnet::types::Family;
 use serde_json::json;
 
+use super::{SESSION, reaches};
 use crate::demo::cluster::count;
-use crate::demo::{Cluster, DemoError, Seen};
+use crate::demo::{Cluster, Crossing, DemoError, Seen};
 use crate::probe::{PingOptions, ping, ping_all};
-use crate::{LabError, Pod};
+use crate::{LabError, Pod, wait_until};
 
 /// Pings that a round trip is the mean of.
 const ROUND_TRIPS: u32 = 100;
@@ -20,6 +21,9 @@ const UNREACHABLE: &str = "unreachable: not on the same layer 2";
 
 /// All ways at once, then the round trip of one way on a node and one between nodes.
 pub async fn every_pod(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
+    if cluster.crossing() == Crossing::Sealed {
+        agree_on_keys(cluster, family).await?;
+    }
     let ways = all_ways(cluster, family, Duration::from_secs(3)).await?;
     let silent = ways.iter().filter(|way| !way.answered);
     let silent: Vec<_> = silent.map(|way| format!("{} does not reach {}", way.from, way.to)).collect();
@@ -36,6 +40,19 @@ pub async fn every_pod(cluster: &Cluster, family: Family) -> Result<Seen, DemoEr
     let figures =
         json!({ "ways": ways.len(), "answered": answered, "rtt_one_node_us": near_us, "rtt_across_us": far_us });
     Ok(Seen::new(silent.is_empty() && answered > 0, text).details(silent).figures(figures))
+}
+
+/// Waits until each two nodes have a session of WireGuard's, begun by one of them: where both begin at the same moment, as when all pods ping at
+/// once, neither answer counts, and they try again 5 s later.
+async fn agree_on_keys(cluster: &Cluster, family: Family) -> Result<(), LabError> {
+    let nodes = cluster.lab().nodes();
+    for (index, node) in nodes.iter().enumerate() {
+        for other in &nodes[index + 1..] {
+            let (from, to) = (node.pods()[0].netns(), other.pods()[0].ip_in(family)?);
+            wait_until(&format!("an answer of {to}"), SESSION, || reaches(from, to)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// From pod to pod.

@@ -1,4 +1,5 @@
-//! What the underlay carries of a packet between pods: VXLAN or UDP from node to node, or the packet as the pod sent it.
+//! What the underlay carries of a packet between pods: VXLAN or UDP from node to node, or the packet as the pod sent it. That nobody can read it is
+//! shown in [`super::sealed`].
 //!
 //! Seen on the wire, outside of either node; podnet is not asked.
 
@@ -7,7 +8,7 @@ use std::time::Duration;
 use podnet::types::Family;
 use serde_json::json;
 
-use super::reaches;
+use super::{reaches, sealed};
 use crate::cluster::UNDERLAY_INTERFACE;
 use crate::demo::backend::{udp_overhead, vxlan_overhead};
 use crate::demo::node_state::mac;
@@ -26,6 +27,7 @@ pub(super) fn claim(cluster: &Cluster) -> &'static str {
     match cluster.crossing() {
         Crossing::Vxlan => "on the wire it is VXLAN",
         Crossing::Udp => "on the wire it is UDP",
+        Crossing::Sealed => "on the wire it cannot be read",
         Crossing::Plain => "on the wire it is as sent",
         Crossing::Nowhere => "on the wire",
     }
@@ -35,6 +37,9 @@ pub(super) async fn crossing(cluster: &Cluster, family: Family) -> Result<Seen, 
     let Some(other) = cluster.other() else {
         return cluster.cannot();
     };
+    if cluster.crossing() == Crossing::Sealed {
+        return sealed::unreadable(cluster, family).await;
+    }
     let node = cluster.first();
     let (pod, peer) = (&node.pods()[0], &other.pods()[0]);
     let way = Way { node, other, from: pod.ip_in(family)?, to: peer.ip_in(family)?, family };
@@ -44,7 +49,7 @@ pub(super) async fn crossing(cluster: &Cluster, family: Family) -> Result<Seen, 
         Crossing::Vxlan => way.in_vxlan(cluster, &capture).await?,
         Crossing::Udp => way.in_udp(&capture).await?,
         Crossing::Plain => way.plain(&capture).await?,
-        Crossing::Nowhere => return cluster.cannot(),
+        Crossing::Sealed | Crossing::Nowhere => return cluster.cannot(),
     };
     Ok(if answered { seen } else { Seen::new(false, format!("{} does not answer", way.to)) })
 }
@@ -141,7 +146,7 @@ impl Way<'_> {
 }
 
 async fn device_mac(cluster: &Cluster, node: &Node, family: Family) -> Result<Option<[u8; 6]>, LabError> {
-    match cluster.spec().backend.device(family) {
+    match cluster.device(node, family) {
         Some(device) => Ok(node.host().link(device).await?.mac),
         None => Ok(None),
     }
