@@ -1,25 +1,26 @@
 //! `cargo run --release --example cluster`: a pod network in namespaces, brought up, proved, broken, repaired and removed.
 //!
 //! This program only reads options and prints: what is shown is in `podnet_lab::demo`, and how podnet is embedded in
-//! `podnet_lab::demo::pod_network`. It runs no other program (but those of iptables and wireguard-go where they are asked for) and changes nothing outside the namespaces that it
+//! `podnet_lab::demo::pod_network`. It runs no other program (but itself, those of iptables, wireguard-go and etcd where they are asked for) and changes nothing outside the namespaces that it
 //! makes.
 
 mod options;
 mod output;
 
+use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::Parser as _;
 use podnet_lab::demo::{
-    Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Stage, breakage, proofs, restart, wireguard,
+    Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Stage, Subnets, breakage, flags_of_podnetd, proofs, restart,
+    wireguard,
 };
 use podnet_lab::{Families, LabError, Privilege, Underlay, enter_user_namespace_if_needed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
-use options::Options;
+use options::{Options, SubnetsOption};
 use output::Screen;
 
 /// This machine allows no namespaces, or lacks what was asked for.
@@ -27,8 +28,18 @@ const FORBIDDEN: u8 = 3;
 /// As a shell says it of a program that was interrupted.
 const INTERRUPTED: u8 = 130;
 
+/// How to have it.
+const WITH_ETCD: &str = "cargo run --release --features etcd --example cluster -- --subnets etcd";
+
 fn main() -> ExitCode {
-    let options = Options::parse();
+    if let Some(flags) = flags_of_podnetd() {
+        return podnetd(flags);
+    }
+    let options = Options::read();
+    if options.subnets == SubnetsOption::Etcd && cfg!(not(feature = "etcd")) {
+        anstream::eprintln!("This program is built without the feature etcd, which needs protoc: {WITH_ETCD}");
+        return ExitCode::from(FORBIDDEN);
+    }
     // Before the runtime starts its threads: the kernel gives a user namespace to single-threaded processes alone.
     let privilege = match enter_user_namespace_if_needed() {
         Ok(privilege) => privilege,
@@ -41,7 +52,7 @@ fn main() -> ExitCode {
     // An ordinary user cannot write where wireguard-go has its sockets; root's are left where `wg` finds them.
     if backend == DemoBackend::WireGuard
         && privilege == Privilege::UserNamespace
-        && let Err(error) = wireguard::private_sockets()
+        && let Err(error) = wireguard::private_sockets(None)
     {
         anstream::eprintln!(
             "The demo with WireGuard needs a mount namespace, and this machine does not allow it: {error}"
@@ -63,6 +74,20 @@ fn main() -> ExitCode {
     code
 }
 
+/// This process is podnetd on a node.
+fn podnetd(flags: Result<Vec<OsString>, LabError>) -> ExitCode {
+    match flags {
+        #[cfg(feature = "etcd")]
+        Ok(flags) => podnetd::run(flags.into_iter()),
+        #[cfg(not(feature = "etcd"))]
+        Ok(_) => ExitCode::from(FORBIDDEN),
+        Err(error) => {
+            anstream::eprintln!("podnetd cannot be started as the demo needs it: {error}");
+            ExitCode::from(FORBIDDEN)
+        }
+    }
+}
+
 async fn show(options: &Options, backend: DemoBackend, privilege: Privilege) -> ExitCode {
     let start = Instant::now();
     let spec = DemoSpec {
@@ -70,6 +95,7 @@ async fn show(options: &Options, backend: DemoBackend, privilege: Privilege) -> 
         underlay: options.underlay.map_or(backend.usual_underlay(), Underlay::from),
         families: Families::from(options.stack),
         backend,
+        subnets: Subnets::from(options.subnets),
         masquerade: Masquerade::from(options.masquerade),
         ..DemoSpec::default()
     };

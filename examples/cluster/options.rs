@@ -1,12 +1,13 @@
 //! The command line.
 
-use clap::{Parser, ValueEnum};
-use podnet_lab::demo::{DemoBackend, Masquerade};
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser, ValueEnum};
+use podnet_lab::demo::{DemoBackend, Masquerade, Subnets};
 use podnet_lab::{Families, Stack, Underlay};
 
 /// What is said below the options.
 const AFTER: &str = "\
-It needs no program but itself (with iptables those of iptables, with wireguard perhaps wireguard-go), and either root or a machine that lets users make user namespaces.
+It needs no program but itself (with iptables those of iptables, with wireguard perhaps wireguard-go, with etcd etcd), and either root or a machine that lets users make user namespaces.
 Everything happens in network namespaces that vanish with it; nothing on this machine is changed.
 
 Exit codes: 0 all of it holds; 1 something does not; 2 wrong options; 3 this machine allows no namespaces,
@@ -32,6 +33,10 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t = BackendOption::Vxlan)]
     pub(crate) backend: BackendOption,
 
+    /// Where nodes get their subnets from
+    #[arg(long, value_enum, default_value_t = SubnetsOption::Assigned)]
+    pub(crate) subnets: SubnetsOption,
+
     /// Which firewall masquerades
     #[arg(long, value_enum, default_value_t = MasqueradeOption::Nftables)]
     pub(crate) masquerade: MasqueradeOption,
@@ -47,6 +52,23 @@ pub(crate) struct Options {
     /// Show what podnet logs, on stderr; twice for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+}
+
+impl Options {
+    /// Reads the command line; where it is wrong, says so and ends the process.
+    pub(crate) fn read() -> Self {
+        let options = Options::parse();
+        let problem = match (options.subnets, options.backend, options.stack) {
+            (SubnetsOption::Etcd, BackendOption::Custom, _) => {
+                "--subnets etcd runs podnetd, which knows podnet's own backends alone: leave --backend custom out"
+            }
+            (SubnetsOption::Etcd, _, StackOption::V6) => {
+                "--subnets etcd needs IPv4, as flannel's keys in etcd begin with an IPv4 subnet: take --stack v4 or dual"
+            }
+            _ => return options,
+        };
+        Options::command().error(ErrorKind::ArgumentConflict, problem).exit()
+    }
 }
 
 /// `--underlay`.
@@ -109,6 +131,24 @@ impl From<MasqueradeOption> for Masquerade {
         match option {
             MasqueradeOption::Nftables => Masquerade::Nftables,
             MasqueradeOption::Iptables => Masquerade::Iptables,
+        }
+    }
+}
+
+/// `--subnets`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SubnetsOption {
+    /// They are assigned, as by Kubernetes; podnet is in this process
+    Assigned,
+    /// From a real etcd, by a podnetd on each node (needs etcd, and the cargo feature etcd)
+    Etcd,
+}
+
+impl From<SubnetsOption> for Subnets {
+    fn from(option: SubnetsOption) -> Self {
+        match option {
+            SubnetsOption::Assigned => Subnets::Assigned,
+            SubnetsOption::Etcd => Subnets::Etcd,
         }
     }
 }

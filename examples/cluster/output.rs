@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
-use podnet_lab::demo::{Audience, Cluster, DemoSpec, Finding, Outcome, Part};
+use podnet_lab::demo::{Audience, Cluster, DemoSpec, Finding, Outcome, Part, Subnets};
 use podnet_lab::{Families, Privilege, Stack, Underlay};
 use serde_json::{Value, json};
 
@@ -68,7 +68,14 @@ impl Screen {
             Underlay::Gcp => "underlay as on Google's cloud",
             Underlay::Lan => "underlay one Ethernet",
         };
-        self.say(&format!("{BOLD}podnet: {speaks} pod network of {nodes}, {wires}, over {}{BOLD:#}", spec.backend));
+        let runs = match spec.subnets {
+            Subnets::Assigned => "",
+            Subnets::Etcd => ", podnetd on etcd",
+        };
+        self.say(&format!(
+            "{BOLD}podnet: {speaks} pod network of {nodes}, {wires}, over {}{runs}{BOLD:#}",
+            spec.backend
+        ));
         self.say(&format!("{FAINT}In network namespaces, {by}. Nothing on this machine is changed.{FAINT:#}"));
     }
 
@@ -158,6 +165,7 @@ pub(crate) fn document(findings: &[Finding], spec: &DemoSpec, privilege: Privile
         "underlay": spec.underlay,
         "stack": stack,
         "backend": spec.backend,
+        "subnets": spec.subnets,
         "masquerade": spec.masquerade,
         "privilege": privilege,
         "seconds": (took.as_secs_f64() * 1000.0).round() / 1000.0,

@@ -98,7 +98,7 @@ impl DemoBackend {
         }
     }
 
-    /// Its device for a family, where it has one. In user space WireGuard's has another name on each node: [`super::PodNetwork::device`] knows it.
+    /// Its device for a family, where it has one. In user space WireGuard's has another name on each node: [`Cluster::device`](super::Cluster::device) knows it.
     pub fn device(self, family: Family) -> Option<&'static str> {
         match (self, family) {
             (DemoBackend::Vxlan | DemoBackend::VxlanDirect, Family::V4) => Some("flannel.1"),

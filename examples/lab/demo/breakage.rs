@@ -125,11 +125,10 @@ async fn route(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
         return cluster.cannot();
     };
     let host = cluster.first().host();
-    let spec = cluster.lab().spec();
     let subnet = match cluster.crossing() {
         // One for all peers.
-        Crossing::Sealed => families::network(&spec.networks, family)?,
-        Crossing::Vxlan | Crossing::Udp | Crossing::Plain | Crossing::Nowhere => spec.subnet(other.index(), family)?,
+        Crossing::Sealed => families::network(&cluster.lab().spec().networks, family)?,
+        Crossing::Vxlan | Crossing::Udp | Crossing::Plain | Crossing::Nowhere => cluster.subnet(other, family)?,
     };
     let routes = host.routes_in(family).await?;
     let Some(victim) = routes.into_iter().find(|route| route.destination == subnet) else {
@@ -172,7 +171,7 @@ impl Overlay<'_> {
             return self.cluster.cannot();
         };
         let (host, device) = (self.host(), self.device);
-        let vtep = self.cluster.lab().spec().subnet(other.index(), self.family)?.network();
+        let vtep = self.cluster.subnet(other, self.family)?.network();
         let delete = host.delete_neighbour(device, vtep);
         let took = repair(self.cluster, delete, || node_state::neighbours(host, device)).await?;
         self.repaired(took, &format!("{vtep} on {device}")).await

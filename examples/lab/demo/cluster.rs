@@ -3,26 +3,24 @@
 //! It builds in the order in which a real cluster comes up, and takes podnet away before anything else.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
-use podnet::Shutdown;
-use podnet::config::NetworkConfig;
-use podnet::subnet::memory::MemorySubnets;
+use ipnetwork::IpNetwork;
 use podnet::types::{Family, Stack};
 use serde_json::json;
 
 use super::node_state::NodeState;
-use super::pod_network::PodNetwork;
+use super::pod_network::{Ending, Granted, PodNetwork};
 use super::proofs::ECHO_PORT;
-use super::wireguard::{Carrier, Seat};
+use super::subnets::{Store, Subnets};
+use super::wireguard::Carrier;
 use super::{Crossing, DemoBackend, DemoError, Masquerade, Part, Seen, Stage};
 use crate::cluster::{DOCKER_BRIDGE, gateway, outside, underlay_network};
 use crate::host::LinkState;
 use crate::probe::{DnsServer, EchoServer};
 use crate::services::{self, Service};
-use crate::{Families, Lab, LabError, LabSpec, Node, Pod, Underlay, families};
+use crate::{Families, Lab, LabError, LabSpec, Networks, Node, Pod, Underlay, families};
 
 /// What to build, and how long to measure.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +33,8 @@ pub struct DemoSpec {
     pub families: Families,
     /// What connects the pods.
     pub backend: DemoBackend,
+    /// Who says which node has which subnet; and with it how podnet runs.
+    pub subnets: Subnets,
     /// Which firewall masquerades.
     pub masquerade: Masquerade,
     /// How long each throughput is measured.
@@ -48,19 +48,6 @@ impl DemoSpec {
     pub fn crossing(&self) -> Crossing {
         self.backend.crossing(self.underlay)
     }
-
-    /// An error where this machine lacks what the backend needs, before anything is built.
-    pub async fn check(&self) -> Result<(), LabError> {
-        self.carrier().await.map(drop)
-    }
-
-    /// Who serves WireGuard's devices, where that is the backend.
-    async fn carrier(&self) -> Result<Option<Carrier>, LabError> {
-        match self.backend {
-            DemoBackend::WireGuard => Carrier::find().await.map(Some),
-            _ => Ok(None),
-        }
-    }
 }
 
 impl Default for DemoSpec {
@@ -70,6 +57,7 @@ impl Default for DemoSpec {
             underlay: Underlay::Gcp,
             families: Stack::V4(()),
             backend: DemoBackend::Vxlan,
+            subnets: Subnets::Assigned,
             masquerade: Masquerade::Nftables,
             throughput: Duration::from_secs(1),
             restart_margin: Duration::from_millis(700),
@@ -90,10 +78,11 @@ pub(crate) struct Before {
 pub struct Cluster {
     spec: DemoSpec,
     lab: Lab,
-    subnets: MemorySubnets,
     networks: Vec<PodNetwork>,
-    /// Of each node, where the backend is WireGuard. After the networks: what still runs would make anew what goes with it.
-    seats: Vec<Arc<Seat>>,
+    /// Of each node, as podnet told it.
+    subnets: Vec<Networks>,
+    /// After the networks: what still runs would make anew what goes with it.
+    store: Store,
     before: Vec<Before>,
     servers: Servers,
 }
@@ -109,9 +98,16 @@ impl Cluster {
     /// Builds it, and tells of each step.
     pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
         let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
-        let (subnets, networks, seats) = stage.need(Part::Build, "podnet", pod_networks(&lab, spec)).await?;
-        let servers = stage.need(Part::Build, "pods", pods(&mut lab, spec, &networks)).await?;
-        Ok(Self { spec, lab, subnets, networks, seats, before, servers })
+        let carrier = spec.carrier().await?;
+        let store = match spec.subnets {
+            Subnets::Assigned => Store::assigned(&lab, spec, carrier.as_ref())?,
+            Subnets::Etcd => stage.need(Part::Build, "etcd", Store::etcd(&lab, spec, carrier.clone())).await?,
+        };
+        let starting = pod_networks(&lab, spec, &store, carrier.as_ref());
+        let (networks, granted) = stage.need(Part::Build, "podnet", starting).await?;
+        let servers = stage.need(Part::Build, "pods", pods(&mut lab, spec, &granted)).await?;
+        let subnets = granted.into_iter().map(|granted| granted.subnets).collect();
+        Ok(Self { spec, lab, networks, subnets, store, before, servers })
     }
 
     /// What was asked for.
@@ -154,6 +150,11 @@ impl Cluster {
         self.networks.get(node.index())?.device(family)
     }
 
+    /// The subnet of a node in a family, as podnet told it.
+    pub fn subnet(&self, node: &Node, family: Family) -> Result<IpNetwork, LabError> {
+        families::network(&self.subnets[node.index()], family)
+    }
+
     pub(crate) fn before(&self, node: usize) -> &Before {
         &self.before[node]
     }
@@ -168,8 +169,10 @@ impl Cluster {
 
     /// Whether this is the article's cluster, so that its listings are what must be seen.
     pub(crate) fn is_the_articles(&self) -> bool {
-        let DemoSpec { nodes, underlay, families, backend, .. } = self.spec;
-        (nodes, underlay, families, backend) == (3, Underlay::Gcp, Stack::V4(()), DemoBackend::Vxlan)
+        let DemoSpec { nodes, underlay, families, backend, subnets, .. } = self.spec;
+        // Which subnets are taken in etcd is chance.
+        let wanted = (3, Underlay::Gcp, Stack::V4(()), DemoBackend::Vxlan, Subnets::Assigned);
+        (nodes, underlay, families, backend, subnets) == wanted
     }
 
     /// The MTU that pods should have, in bytes: the least of the families'.
@@ -191,20 +194,19 @@ impl Cluster {
     }
 
     /// Stops podnet on a node, leaving the network up, and starts it anew on the same store.
-    pub(crate) async fn restart(&mut self, node: usize) -> Result<(), DemoError> {
+    pub(crate) async fn restart(&mut self, node: usize, how: Ending) -> Result<(), DemoError> {
         let peers = self.lab.nodes().len() - 1;
-        self.networks.remove(node).stop(Shutdown::Keep).await?;
-        let seat = self.seats.get(node).cloned();
-        let network = PodNetwork::start(&self.lab.nodes()[node], &self.subnets, self.spec, seat).await?;
+        self.networks.remove(node).end(how).await?;
+        let network = self.store.start(&self.lab.nodes()[node], self.spec).await?;
         let ready = network.wait_ready(peers, self.crossing() != Crossing::Nowhere).await;
         self.networks.insert(node, network);
-        ready.map(drop)
+        ready
     }
 
     /// Takes podnet away from every node, then the lab its pods, and compares what is left with what was there before.
     pub async fn remove(mut self, stage: &mut Stage<'_>) {
         let networks = std::mem::take(&mut self.networks);
-        stage.show(Part::Removal, "podnet removes what it made", removed(networks)).await;
+        stage.show(Part::Removal, "podnet removes what it made", removed(networks, &self.store)).await;
         stage.show(Part::Removal, "every node is as it was before", self.compare()).await;
     }
 
@@ -260,61 +262,54 @@ async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> 
     Ok(((lab, before), Seen::new(true, text).figures(figures)))
 }
 
-type PodNetworks = (MemorySubnets, Vec<PodNetwork>, Vec<Arc<Seat>>);
-
-/// One store for the cluster, a subnet of each family assigned to each node as Kubernetes assigns podCIDRs, and podnet on every node.
-async fn pod_networks(lab: &Lab, spec: DemoSpec) -> Result<(PodNetworks, Seen), DemoError> {
-    let invalid = |what: String| DemoError::Lab(LabError::Invalid(what));
-    let config = NetworkConfig::new(lab.spec().networks).and_then(|config| config.with_backend(spec.backend.section()));
-    let config = config.map_err(|error| invalid(error.to_string()))?;
-    let subnets = MemorySubnets::assigned(config);
-    for node in lab.nodes() {
-        let name = node.name().parse().map_err(|error| invalid(format!("{error}")))?;
-        subnets.assign(&name, lab.spec().subnets(node.index()));
-    }
-
-    let carrier = spec.carrier().await?;
-    let seats = lab.nodes().iter().filter_map(|_| carrier.as_ref()).map(|carrier| Seat::new(carrier).map(Arc::new));
-    let seats = seats.collect::<Result<Vec<_>, _>>()?;
-
+/// podnet on every node.
+async fn pod_networks(
+    lab: &Lab,
+    spec: DemoSpec,
+    store: &Store,
+    carrier: Option<&Carrier>,
+) -> Result<((Vec<PodNetwork>, Vec<Granted>), Seen), DemoError> {
     let start = std::time::Instant::now();
-    let started = lab.nodes().iter().map(|node| {
-        let seat = seats.get(node.index()).cloned();
-        PodNetwork::start(node, &subnets, spec, seat)
-    });
-    let networks = try_join_all(started).await?;
+    let networks = try_join_all(lab.nodes().iter().map(|node| store.start(node, spec))).await?;
     let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
     try_join_all(networks.iter().map(|network| network.wait_ready(peers, reachable))).await?;
     let ready_ms = milliseconds(start.elapsed());
+    let granted = try_join_all(networks.iter().map(PodNetwork::granted)).await?;
     let mut ranges = Vec::new();
     for family in lab.spec().families() {
-        let (network, subnet) = (families::network(&lab.spec().networks, family)?, lab.spec().subnet(0, family)?);
+        let (network, subnet) =
+            (families::network(&lab.spec().networks, family)?, families::network(&granted[0].subnets, family)?);
         ranges.push(format!("network {network}, a /{} each", subnet.prefix()));
     }
     let text = format!(
-        "{} ready after {ready_ms:.0} ms; {}, MTU {}{}{}",
+        "{} ready after {ready_ms:.0} ms{}; {}, MTU {}{}{}",
         all(lab),
+        if spec.subnets == Subnets::Etcd { ", a podnetd each" } else { "" },
         ranges.join("; "),
         pod_mtu(lab.spec(), spec.backend),
         if reachable { "" } else { "; no peer is reachable" },
-        match &carrier {
+        match carrier {
             Some(Carrier::Kernel) => "; encrypted by the kernel".to_owned(),
             Some(Carrier::Program(program)) => format!("; encrypted by {}", program.display()),
             None => String::new(),
         }
     );
-    Ok(((subnets, networks, seats), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
+    Ok(((networks, granted), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }
 
 /// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.
-async fn pods(lab: &mut Lab, spec: DemoSpec, networks: &[PodNetwork]) -> Result<(Servers, Seen), DemoError> {
+async fn pods(lab: &mut Lab, spec: DemoSpec, granted: &[Granted]) -> Result<(Servers, Seen), DemoError> {
     let wanted = pod_mtu(lab.spec(), spec.backend);
-    let asked: Vec<_> = networks.iter().filter_map(|network| network.overlay().status().borrow().pod_mtu).collect();
-    if asked.len() != networks.len() || asked.iter().any(|mtu| mtu.bytes() != wanted) {
+    if granted.iter().any(|granted| granted.mtu != wanted) {
+        let asked: Vec<_> = granted.iter().map(|granted| granted.mtu).collect();
         let problem = format!("podnet asks for pods of MTU {asked:?}, and {wanted} is right");
         return Err(LabError::Invalid(problem).into());
     }
-    lab.attach_pods(wanted).await?;
+    let (clusters, pods) = (lab.spec().networks, lab.spec().pods_per_node);
+    for (node, granted) in lab.nodes_mut().iter_mut().zip(granted) {
+        let network = crate::PodNetwork { subnets: granted.subnets, clusters, mtu: wanted };
+        node.attach_pods(&network, pods).await?;
+    }
     let server = dns_pod(lab)?;
     let mut servers = Servers { _dns: Vec::new(), outside: Vec::new() };
     let (mut dns, mut told) = (Vec::new(), Vec::new());
@@ -337,16 +332,15 @@ fn dns_pod(lab: &Lab) -> Result<Pod, LabError> {
     lab.pods().last().cloned().ok_or_else(|| LabError::Invalid("the lab has no pods".to_owned()))
 }
 
-async fn removed(networks: Vec<PodNetwork>) -> Result<Seen, DemoError> {
+async fn removed(networks: Vec<PodNetwork>, store: &Store) -> Result<Seen, DemoError> {
     let (mut steps, mut troubles, mut kept) = (0, Vec::new(), Vec::new());
     let nodes = count(networks.len(), "node");
-    for stopped in join_all(networks.into_iter().map(|network| network.stop(Shutdown::RemoveState))).await {
+    for stopped in join_all(networks.into_iter().map(|network| network.end(Ending::Remove))).await {
         match stopped {
-            Ok(report) => {
-                steps += report.steps;
-                troubles.extend(report.failed.iter().map(|(unit, why)| format!("{unit:?}: {why}")));
-                troubles.extend(report.conflicts.iter().map(ToString::to_string));
-                kept.extend(report.kept_settings);
+            Ok(removed) => {
+                steps += removed.steps;
+                troubles.extend(removed.troubles);
+                kept.extend(removed.kept);
             }
             Err(error) => troubles.push(error.to_string()),
         }
@@ -355,6 +349,14 @@ async fn removed(networks: Vec<PodNetwork>) -> Result<Seen, DemoError> {
     let mut text = format!("{steps} removals on {nodes}, {refused} refused");
     if !kept.is_empty() {
         text.push_str(&format!("; these settings stay: {}", kept.join(", ")));
+    }
+    let leases = store.leases().await?;
+    match leases {
+        Some(0) => text.push_str("; every lease is given back"),
+        Some(left) => {
+            troubles.push(format!("{} left in etcd", count(usize::try_from(left).unwrap_or(usize::MAX), "lease")))
+        }
+        None => {}
     }
     Ok(Seen::new(troubles.is_empty(), text).details(troubles).figures(json!({ "steps": steps, "kept_settings": kept })))
 }

@@ -9,7 +9,8 @@ use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::NodeState;
-use super::{Cluster, DemoError, Part, Seen, Stage};
+use super::pod_network::Ending;
+use super::{Cluster, DemoError, Part, Seen, Stage, Subnets};
 use crate::probe::{PingOptions, PingReport, PingStream, SteadyStream};
 
 /// Bytes a second of the TCP stream: full-size segments without end, but no more than a busy machine of two cores carries beside
@@ -24,10 +25,14 @@ const STALL: Duration = Duration::from_millis(200);
 
 /// Restarts podnet on the first node.
 pub async fn all(cluster: &mut Cluster, stage: &mut Stage<'_>) {
-    stage.show(Part::Restart, "packets lost by a restart", restart(cluster)).await;
+    stage.show(Part::Restart, "packets lost by a restart", restart(cluster, Ending::Stop)).await;
+    // podnet in this process cannot be killed alone.
+    if cluster.spec().subnets == Subnets::Etcd {
+        stage.show(Part::Restart, "packets lost by a SIGKILL", restart(cluster, Ending::Kill)).await;
+    }
 }
 
-async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
+async fn restart(cluster: &mut Cluster, how: Ending) -> Result<Seen, DemoError> {
     let Some(other) = cluster.other() else {
         return cluster.cannot();
     };
@@ -49,7 +54,7 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     // Not a wait for a state: traffic has to run for some time to be measured.
     tokio::time::sleep(cluster.spec().restart_margin).await;
     let start = Instant::now();
-    let restarted = cluster.restart(0).await;
+    let restarted = cluster.restart(0, how).await;
     let down = start.elapsed();
     let down_ms = milliseconds(down);
     tokio::time::sleep(cluster.spec().restart_margin).await;
@@ -57,8 +62,7 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     let pings = try_join_all(pings.into_iter().map(PingStream::stop)).await?;
     let streams = try_join_all(streams.into_iter().map(SteadyStream::stop)).await?;
     restarted?;
-    let network = &cluster.networks()[0];
-    let plan = network.overlay().plan().await.map_err(|error| network.fails(error))?;
+    let plan = cluster.networks()[0].plan().await?;
     let changes = NodeState::of(&host).await?.changes_since(&before);
 
     let sum = |of: fn(&PingReport) -> u64| pings.iter().map(of).sum::<u64>();
@@ -91,7 +95,7 @@ async fn restart(cluster: &mut Cluster) -> Result<Seen, DemoError> {
     );
     let mut details = vec![format!("podnet was back and ready after {down_ms:.0} ms, and found nothing to change")];
     if !plan.is_empty() || !changes.is_empty() {
-        let steps = plan.steps().map(|step| format!("it would change: {step}"));
+        let steps = plan.iter().map(|step| format!("it would change: {step}"));
         details = steps.chain(changes).collect();
     }
     let figures = json!({ "pings_sent": sent, "pings_lost": lost, "ready_again_ms": down_ms, "longest_ping_gap_us": longest_gap_us, "tcp": streams });

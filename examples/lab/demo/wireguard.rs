@@ -11,7 +11,7 @@ use podnet::types::{DeviceName, Family};
 use podnet_wireguard::{PrivateKey, Userspace, WireGuard};
 use rtnetlink::LinkWireguard;
 use rustix::fs::{Access, access};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 
 use crate::error::Context as _;
 use crate::{Host, LabError, programs};
@@ -72,17 +72,25 @@ impl Carrier {
     }
 }
 
-/// Gives this process a folder for such sockets that is its own, and its children's: nobody else sees what is in it, and it goes with them.
+/// Gives this process a folder for such sockets that is its own, and its children's: an empty one that goes with them, or this one.
 /// Call it before the process has a second thread, which would stay where it is.
-pub fn private_sockets() -> Result<(), LabError> {
+pub fn private_sockets(folder: Option<&Path>) -> Result<(), LabError> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context(|| "making a mount namespace".into())?;
     let alone = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", alone).context(|| "taking the mount namespace apart from the machine's".into())?;
+    let empty = |over: &str| {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        mount("tmpfs", over, "tmpfs", flags, None).context(|| format!("mounting an empty folder over {over}"))
+    };
     // An ordinary user can make no folder in /run, only put another over it.
-    let over = if fs::create_dir_all(SOCKETS).is_ok() { SOCKETS } else { "/run" };
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("tmpfs", over, "tmpfs", flags, None).context(|| format!("mounting an empty folder over {over}"))?;
-    fs::create_dir_all(SOCKETS).context(|| format!("making {SOCKETS}"))
+    if fs::create_dir_all(SOCKETS).is_err() {
+        empty("/run")?;
+        fs::create_dir_all(SOCKETS).context(|| format!("making {SOCKETS}"))?;
+    }
+    match folder {
+        Some(folder) => mount_bind(folder, SOCKETS).context(|| format!("putting {} over {SOCKETS}", folder.display())),
+        None => empty(SOCKETS),
+    }
 }
 
 /// Ends what is left of this process's daemons, such as one that was just starting when its node was given up.
@@ -97,7 +105,7 @@ pub fn end_daemons() {
 }
 
 /// wireguard-go ends when its socket goes.
-fn end_daemon(socket: &Path) {
+pub(super) fn end_daemon(socket: &Path) {
     // It is gone already where the device was deleted.
     let _ = fs::remove_file(socket);
 }

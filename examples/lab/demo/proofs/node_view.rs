@@ -41,7 +41,7 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
     let mut overlays = BTreeMap::new();
     let (mut on_underlay, mut on_bridge, mut expected) = (Vec::new(), Vec::new(), BTreeSet::new());
     for family in spec.families() {
-        let (address, subnet) = (node.ip_in(family)?, spec.subnet(node.index(), family)?);
+        let (address, subnet) = (node.ip_in(family)?, cluster.subnet(node, family)?);
         let whole = IpNetwork::from(address).prefix();
         on_underlay.push(match spec.underlay {
             Underlay::Gcp => format!("{address}/{whole}"),
@@ -88,7 +88,7 @@ pub async fn interfaces(cluster: &Cluster) -> Result<Seen, DemoError> {
 pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let node = last(cluster)?;
     let (spec, backend, address) = (cluster.lab().spec(), cluster.spec().backend, node.ip_in(family)?);
-    let (own, gateway) = (spec.subnet(node.index(), family)?, gateway(family));
+    let (own, gateway) = (cluster.subnet(node, family)?, gateway(family));
     let device = cluster.device(node, family);
     let mut expected = of_the_host(spec.underlay, address, gateway);
     match family {
@@ -103,7 +103,7 @@ pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError
         }
     }
     for peer in cluster.lab().nodes().iter().filter(|peer| peer.index() != node.index()) {
-        let subnet = spec.subnet(peer.index(), family)?;
+        let subnet = cluster.subnet(peer, family)?;
         expected.extend(backend.route(spec, device, subnet, peer)?.map(|route| route.to_string()));
     }
 

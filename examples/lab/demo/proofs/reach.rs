@@ -107,17 +107,10 @@ pub(super) async fn own_node_alone(cluster: &Cluster, family: Family) -> Result<
 pub(super) async fn reasons(cluster: &Cluster, family: Family) -> Result<Seen, DemoError> {
     let peers = cluster.lab().nodes().len() - 1;
     let (mut told, mut complete) = (Vec::new(), true);
-    for network in cluster.networks() {
-        let status = network.overlay().status().borrow().clone();
-        let mut named = 0;
-        for peer in &status.troubled {
-            for state in peer.families.iter().filter(|state| state.family == family) {
-                let text = state.state.to_string();
-                named += usize::from(text.starts_with(UNREACHABLE));
-                told.push(format!("{}: peer {}: {text}", status.node, peer.node));
-            }
-        }
-        complete &= named == peers && status.peers.unreachable == peers;
+    for (node, network) in cluster.lab().nodes().iter().zip(cluster.networks()) {
+        let troubled = network.troubled(family).await?;
+        complete &= troubled.len() == peers && troubled.iter().all(|(_, why)| why.starts_with(UNREACHABLE));
+        told.extend(troubled.into_iter().map(|(peer, why)| format!("{}: peer {peer}: {why}", node.name())));
     }
     let text = format!("{UNREACHABLE}, of each of {}", count(told.len(), "peer"));
     let figures = json!({ "unreachable": told.len() });

@@ -1,27 +1,26 @@
-//! podnet on one node: all that the demo asks of the library, and the part that an embedder would copy.
+//! podnet in this process: all that the demo asks of the library, and the part that an embedder would copy.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use podnet::driver::NetworkNamespace;
-use podnet::status::{PeerCounts, Report};
+use podnet::status::{PeerCounts, PeerStatus, Report};
 use podnet::subnet::memory::MemorySubnets;
 use podnet::types::Family;
 use podnet::{Overlay, Shutdown};
 
-use super::wireguard::Seat;
-use super::{DemoError, DemoSpec, service_network};
+use super::{Ending, Granted, READY, Removed};
+use crate::demo::wireguard::Seat;
+use crate::demo::{DemoError, DemoSpec, service_network};
 use crate::probe::AbortOnDrop;
 use crate::{LabError, Node};
 
-/// How long an overlay may take to become ready. Seen: some 10 ms.
-const READY: Duration = Duration::from_secs(10);
 /// How long a runner may take to return after a shutdown.
 const STOPPED: Duration = Duration::from_secs(5);
 
 /// An overlay and the task that does its work.
 #[derive(Debug)]
-pub struct PodNetwork {
+pub struct Embedded {
     node: String,
     overlay: Arc<dyn Overlay>,
     runner: AbortOnDrop<()>,
@@ -29,9 +28,9 @@ pub struct PodNetwork {
     seat: Option<Arc<Seat>>,
 }
 
-impl PodNetwork {
-    /// Brings podnet up on a node, in the node's network namespace. It is ready some time later: [`PodNetwork::wait_ready`].
-    pub(super) async fn start(
+impl Embedded {
+    /// Brings podnet up on a node, in the node's network namespace. It is ready some time later.
+    pub(in crate::demo) async fn start(
         node: &Node,
         subnets: &MemorySubnets,
         spec: DemoSpec,
@@ -63,25 +62,16 @@ impl PodNetwork {
         }
     }
 
-    /// The handle.
-    pub fn overlay(&self) -> &dyn Overlay {
-        &*self.overlay
-    }
-
-    /// Puts the node's name before an error of podnet.
-    pub fn fails(&self, source: podnet::Error) -> DemoError {
+    fn fails(&self, source: podnet::Error) -> DemoError {
         DemoError::Podnet { node: self.node.clone(), source }
     }
 
-    /// Waits until podnet says that this node is ready and that all of `peers` others are connected, or all of them unreachable; returns how long that
-    /// took.
-    pub async fn wait_ready(&self, peers: usize, reachable: bool) -> Result<Duration, DemoError> {
-        let start = Instant::now();
+    pub(super) async fn wait_ready(&self, peers: usize, reachable: bool) -> Result<(), DemoError> {
         let mut status = self.overlay.status();
         let counted = |counts: PeerCounts| if reachable { counts.connected } else { counts.unreachable };
         let ready = status.wait_for(|status| status.is_ready() && counted(status.peers) == peers);
         match tokio::time::timeout(READY, ready).await {
-            Ok(Ok(_)) => return Ok(start.elapsed()),
+            Ok(Ok(_)) => return Ok(()),
             Ok(Err(_)) => {
                 return Err(DemoError::Runner { node: self.node.clone(), what: "ended by itself".to_owned() });
             }
@@ -91,14 +81,48 @@ impl PodNetwork {
         Err(DemoError::NotReady { node: self.node.clone(), after: READY, status })
     }
 
-    /// Stops podnet and waits until its task has returned.
-    pub async fn stop(mut self, how: Shutdown) -> Result<Report, DemoError> {
+    pub(super) fn granted(&self) -> Result<Granted, DemoError> {
+        let status = self.overlay.status().borrow().clone();
+        let granted = status.subnets.zip(status.pod_mtu);
+        let granted = granted.map(|(subnets, mtu)| Granted { subnets, mtu: mtu.bytes() });
+        let says_nothing = || LabError::Invalid(format!("podnet on {} tells no subnet and MTU for pods", self.node));
+        Ok(granted.ok_or_else(says_nothing)?)
+    }
+
+    pub(super) async fn plan(&self) -> Result<Vec<String>, DemoError> {
+        let plan = self.overlay.plan().await.map_err(|error| self.fails(error))?;
+        Ok(plan.steps().map(ToString::to_string).collect())
+    }
+
+    pub(super) fn troubled(&self, family: Family) -> Vec<(String, String)> {
+        let status = self.overlay.status().borrow().clone();
+        let of_family = |peer: &PeerStatus| {
+            let states = peer.families.iter().filter(|state| state.family == family);
+            states.map(|state| (peer.node.to_string(), state.state.to_string())).collect::<Vec<_>>()
+        };
+        status.troubled.iter().flat_map(of_family).collect()
+    }
+
+    pub(super) async fn end(mut self, how: Ending) -> Result<Removed, DemoError> {
+        let how = match how {
+            Ending::Stop => Shutdown::Keep,
+            Ending::Remove => Shutdown::RemoveState,
+            Ending::Kill => {
+                return Err(LabError::Invalid("what is in this process cannot be killed alone".to_owned()).into());
+            }
+        };
         let report = self.overlay.shutdown(how).await.map_err(|error| self.fails(error))?;
         let problem = match tokio::time::timeout(STOPPED, &mut self.runner.0).await {
-            Ok(Ok(())) => return Ok(report),
+            Ok(Ok(())) => return Ok(told(report)),
             Ok(Err(error)) => format!("did not end well: {error}"),
             Err(_) => format!("did not return within {STOPPED:?} after a shutdown"),
         };
         Err(DemoError::Runner { node: self.node, what: problem })
     }
+}
+
+fn told(report: Report) -> Removed {
+    let failed = report.failed.iter().map(|(unit, why)| format!("{unit:?}: {why}"));
+    let troubles = failed.chain(report.conflicts.iter().map(ToString::to_string)).collect();
+    Removed { steps: report.steps, troubles, kept: report.kept_settings }
 }
