@@ -29,7 +29,7 @@ const FORBIDDEN: u8 = 3;
 const INTERRUPTED: u8 = 130;
 
 /// How to have it.
-const WITH_ETCD: &str = "cargo run --release --features etcd --example cluster -- --subnets etcd";
+const WITH_ETCD: &str = "cargo run --release -p podnet-examples --features etcd --example cluster -- --subnets etcd";
 
 fn main() -> ExitCode {
     if let Some(flags) = flags_of_podnetd() {
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     }
     let options = Options::read();
     if options.subnets == SubnetsOption::Etcd && cfg!(not(feature = "etcd")) {
-        anstream::eprintln!("This program is built without the feature etcd, which needs protoc: {WITH_ETCD}");
+        anstream::eprintln!("This program is built without the feature etcd, which needs protoc to build: {WITH_ETCD}");
         return ExitCode::from(FORBIDDEN);
     }
     // Before the runtime starts its threads: the kernel gives a user namespace to single-threaded processes alone.

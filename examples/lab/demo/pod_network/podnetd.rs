@@ -267,3 +267,23 @@ fn granted(text: &str) -> Option<Granted> {
     };
     Some(Granted { subnets, mtu: value("FLANNEL_MTU")?.parse().ok()? })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subnet_env_is_read_in_each_stack_and_half_of_one_is_refused() {
+        let (v4, v6) = ("FLANNEL_SUBNET=10.42.7.1/24\n", "FLANNEL_IPV6_SUBNET=2001:db8:42:7::1/64\n");
+        let read = |subnets: &[&str]| {
+            granted(&format!("FLANNEL_NETWORK=10.42.0.0/16\n{}FLANNEL_MTU=1410\n", subnets.concat()))
+        };
+        let (net4, net6) = ("10.42.7.0/24".parse().unwrap(), "2001:db8:42:7::/64".parse().unwrap());
+        let expected = |subnets| Some(Granted { subnets, mtu: 1410 });
+        assert_eq!(read(&[v4]), expected(Stack::V4(net4)));
+        assert_eq!(read(&[v6]), expected(Stack::V6(net6)));
+        assert_eq!(read(&[v4, v6]), expected(Stack::Dual(net4, net6)));
+        assert_eq!(read(&[]), None);
+        assert_eq!(granted(v4), None, "without an MTU");
+    }
+}
