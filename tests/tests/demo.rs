@@ -9,7 +9,7 @@ use podnet_lab::demo::proofs::{node_view, reach, sealed};
 use podnet_lab::demo::{Cluster, DemoBackend, DemoSpec, Masquerade, Outcome, Part, Stage};
 use podnet_lab::{Families, Family, Stack, Underlay};
 
-use lines::{Listener, TURNS, assert_all, every_line_holds, spec, whole_demo};
+use lines::{Listener, TURNS, assert_all, every_line_holds, given_up_it_leaves_no_process, spec, whole_demo};
 
 const V4: Families = Stack::V4(());
 const V6: Families = Stack::V6(());
@@ -128,4 +128,9 @@ async fn that_nothing_can_be_read_is_not_said_of_a_wire_in_plain_text() {
             assert!(finding.seen.contains("CAN BE READ"), "{finding:#?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_demo_of_wireguard_that_is_given_up_leaves_no_daemon() {
+    given_up_it_leaves_no_process(spec(2, DemoBackend::WireGuard, DUAL, Underlay::Lan)).await;
 }

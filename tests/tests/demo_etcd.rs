@@ -41,5 +41,12 @@ fn main() -> ExitCode {
         runtime.block_on(lines::every_line_holds(spec));
         let _ = writeln!(io::stderr(), "test ... done ({:.1} s)", begun.elapsed().as_secs_f64());
     }
+    if only.is_none_or(|only| "given_up".contains(&only)) {
+        let _ = writeln!(io::stderr(), "test a_demo_on_etcd_that_is_given_up_leaves_no_process ...");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let spec = on_etcd(DemoBackend::WireGuard, Underlay::Gcp, dual);
+        runtime.block_on(lines::given_up_it_leaves_no_process(spec));
+        let _ = writeln!(io::stderr(), "test ... done");
+    }
     ExitCode::SUCCESS
 }

@@ -98,13 +98,12 @@ impl Cluster {
     /// Builds it, and tells of each step.
     pub async fn build(spec: DemoSpec, stage: &mut Stage<'_>) -> Result<Self, DemoError> {
         let (mut lab, before) = stage.need(Part::Build, "hosts", hosts(spec)).await?;
-        let carrier = spec.carrier().await?;
-        let store = match spec.subnets {
-            Subnets::Assigned => Store::assigned(&lab, spec, carrier.as_ref())?,
-            Subnets::Etcd => stage.need(Part::Build, "etcd", Store::etcd(&lab, spec, carrier.clone())).await?,
+        let etcd = match spec.subnets {
+            Subnets::Assigned => None,
+            Subnets::Etcd => Some(stage.need(Part::Build, "etcd", Store::etcd(&lab, spec)).await?),
         };
-        let starting = pod_networks(&lab, spec, &store, carrier.as_ref());
-        let (networks, granted) = stage.need(Part::Build, "podnet", starting).await?;
+        let starting = pod_networks(&lab, spec, etcd);
+        let (store, networks, granted) = stage.need(Part::Build, "podnet", starting).await?;
         let servers = stage.need(Part::Build, "pods", pods(&mut lab, spec, &granted)).await?;
         let subnets = granted.into_iter().map(|granted| granted.subnets).collect();
         Ok(Self { spec, lab, networks, subnets, store, before, servers })
@@ -262,13 +261,16 @@ async fn hosts(spec: DemoSpec) -> Result<((Lab, Vec<Before>), Seen), DemoError> 
     Ok(((lab, before), Seen::new(true, text).figures(figures)))
 }
 
-/// podnet on every node.
+/// podnet on every node, and the store that it has its subnets from.
 async fn pod_networks(
     lab: &Lab,
     spec: DemoSpec,
-    store: &Store,
-    carrier: Option<&Carrier>,
-) -> Result<((Vec<PodNetwork>, Vec<Granted>), Seen), DemoError> {
+    etcd: Option<Store>,
+) -> Result<((Store, Vec<PodNetwork>, Vec<Granted>), Seen), DemoError> {
+    let store = match etcd {
+        Some(etcd) => etcd,
+        None => Store::assigned(lab, spec).await?,
+    };
     let start = std::time::Instant::now();
     let networks = try_join_all(lab.nodes().iter().map(|node| store.start(node, spec))).await?;
     let (peers, reachable) = (lab.nodes().len() - 1, spec.crossing() != Crossing::Nowhere);
@@ -288,13 +290,13 @@ async fn pod_networks(
         ranges.join("; "),
         pod_mtu(lab.spec(), spec.backend),
         if reachable { "" } else { "; no peer is reachable" },
-        match carrier {
+        match store.carrier() {
             Some(Carrier::Kernel) => "; encrypted by the kernel".to_owned(),
             Some(Carrier::Program(program)) => format!("; encrypted by {}", program.display()),
             None => String::new(),
         }
     );
-    Ok(((networks, granted), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
+    Ok(((store, networks, granted), Seen::new(true, text).figures(json!({ "ready_ms": ready_ms }))))
 }
 
 /// Pods with the MTU that podnet asks for, and the DNS of the cluster in a pod of the last node.

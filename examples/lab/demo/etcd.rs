@@ -1,7 +1,8 @@
 //! A real etcd on the host outside, which all nodes reach over the underlay: with the network's configuration in it, as flannel's operators put it
 //! there.
 //!
-//! It is seen through etcd's own HTTP interface, and shares nothing with podnet. It ends with its handle.
+//! It is seen through etcd's own HTTP interface, and shares nothing with podnet. It ends with its handle; only a
+//! demo that is killed with SIGKILL leaves it.
 
 use std::fs::File;
 use std::net::SocketAddr;

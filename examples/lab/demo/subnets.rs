@@ -51,6 +51,7 @@ pub(super) enum Store {
         subnets: MemorySubnets,
         /// Of each node, where the backend is WireGuard.
         seats: Vec<Arc<Seat>>,
+        carrier: Option<Carrier>,
     },
     Etcd {
         etcd: Etcd,
@@ -61,7 +62,8 @@ pub(super) enum Store {
 
 impl Store {
     /// A subnet of each family for each node.
-    pub(super) fn assigned(lab: &Lab, spec: DemoSpec, carrier: Option<&Carrier>) -> Result<Self, LabError> {
+    pub(super) async fn assigned(lab: &Lab, spec: DemoSpec) -> Result<Self, LabError> {
+        let carrier = spec.carrier().await?;
         let invalid = |what: String| LabError::Invalid(what);
         let config = NetworkConfig::new(lab.spec().networks);
         let config = config.and_then(|config| config.with_backend(spec.backend.section()));
@@ -70,13 +72,14 @@ impl Store {
             let name = node.name().parse().map_err(|error| invalid(format!("{error}")))?;
             subnets.assign(&name, lab.spec().subnets(node.index()));
         }
-        let seats = lab.nodes().iter().filter_map(|_| carrier).map(|carrier| Seat::new(carrier).map(Arc::new));
-        Ok(Store::Assigned { subnets, seats: seats.collect::<Result<_, _>>()? })
+        let seats = lab.nodes().iter().filter_map(|_| carrier.as_ref()).map(|carrier| Seat::new(carrier).map(Arc::new));
+        let seats = seats.collect::<Result<_, _>>()?;
+        Ok(Store::Assigned { subnets, seats, carrier })
     }
 
     /// An etcd with the network's configuration in it.
-    pub(super) async fn etcd(lab: &Lab, spec: DemoSpec, carrier: Option<Carrier>) -> Result<(Self, Seen), DemoError> {
-        let homes = Homes::new(carrier)?;
+    pub(super) async fn etcd(lab: &Lab, spec: DemoSpec) -> Result<(Self, Seen), DemoError> {
+        let homes = Homes::new(spec.carrier().await?)?;
         let etcd = Etcd::start(lab, homes.folder()).await?;
         let config = etcd::config(lab.spec(), spec)?;
         etcd.put(CONFIG, &config).await?;
@@ -85,10 +88,18 @@ impl Store {
         Ok((Store::Etcd { etcd, homes }, seen))
     }
 
+    /// Who serves WireGuard's devices, where that is the backend.
+    pub(super) fn carrier(&self) -> Option<&Carrier> {
+        match self {
+            Store::Assigned { carrier, .. } => carrier.as_ref(),
+            Store::Etcd { homes, .. } => homes.carrier(),
+        }
+    }
+
     /// Brings podnet up on a node, for the first time or again.
     pub(super) async fn start(&self, node: &Node, spec: DemoSpec) -> Result<PodNetwork, DemoError> {
         match self {
-            Store::Assigned { subnets, seats } => {
+            Store::Assigned { subnets, seats, .. } => {
                 let seat = seats.get(node.index()).cloned();
                 Embedded::start(node, subnets, spec, seat).await.map(PodNetwork::Embedded)
             }

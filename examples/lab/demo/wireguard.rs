@@ -105,7 +105,7 @@ pub fn end_daemons() {
 }
 
 /// wireguard-go ends when its socket goes.
-pub(super) fn end_daemon(socket: &Path) {
+fn end_daemon(socket: &Path) {
     // It is gone already where the device was deleted.
     let _ = fs::remove_file(socket);
 }

@@ -13,7 +13,8 @@ use podnet_lab::demo::{
     Audience, Cluster, Crossing, DemoBackend, DemoSpec, Finding, Masquerade, Outcome, Part, Stage, Subnets, breakage,
     restart,
 };
-use podnet_lab::{Families, Family, Stack, Underlay};
+use podnet_lab::{Families, Family, Stack, Underlay, wait_until};
+use rustix::fs::fstat;
 use tokio::sync::Semaphore;
 
 /// So many demos at once: they measure repairs and count lost packets, and are not to be starved by those beside them.
@@ -191,4 +192,42 @@ pub async fn every_line_holds(spec: DemoSpec) {
     }
     assert_eq!(claims.len(), wanted.len(), "{claims:#?}");
     assert!(claims.iter().all(|claim| never.iter().all(|never| !claim.starts_with(never))), "{claims:#?}");
+}
+
+/// A demo that is given up half-way, as by Ctrl-C, leaves no process: neither daemons of WireGuard's nor podnetd nor etcd.
+pub async fn given_up_it_leaves_no_process(spec: DemoSpec) {
+    let _turn = TURNS.acquire().await.unwrap();
+    if let Err(why) = possible(spec).await {
+        let _ = writeln!(io::stderr(), "skipped: a demo that is given up with {}: {why}", spec.backend);
+        return;
+    }
+    let listener = Listener::default();
+    let mut stage = Stage::new(&listener);
+    let cluster = Cluster::build(spec, &mut stage).await.unwrap();
+    assert_all(stage.findings(), Outcome::Holds);
+    let lab = cluster.lab();
+    let hosts = lab.nodes().iter().map(|node| node.netns().clone()).chain([lab.outside().netns().clone()]);
+    let hosts: Vec<_> = hosts.map(|netns| format!("net:[{}]", fstat(netns.fd()).unwrap().st_ino)).collect();
+    assert!(!running_in(&hosts).is_empty() || in_the_kernel(&stage), "there is something to leave");
+    drop(cluster);
+    let gone = || async { Ok(running_in(&hosts).is_empty()) };
+    wait_until("no process is left", Duration::from_secs(10), gone).await.unwrap_or_else(|error| {
+        panic!("{error}: {:?}", running_in(&hosts));
+    });
+}
+
+fn in_the_kernel(stage: &Stage<'_>) -> bool {
+    stage.findings().iter().any(|finding| finding.seen.contains("encrypted by the kernel"))
+}
+
+/// The command lines of other processes in these network namespaces.
+fn running_in(namespaces: &[String]) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let others = processes.filter(|path| !path.ends_with(std::process::id().to_string()));
+    let inside = others.filter(|path| {
+        // Those that end meanwhile, and those of others, have none to show.
+        let namespace = std::fs::read_link(path.join("ns/net")).unwrap_or_default();
+        namespaces.iter().any(|name| namespace.as_os_str() == name.as_str())
+    });
+    inside.map(|path| std::fs::read_to_string(path.join("cmdline")).unwrap_or_default().replace('\0', " ")).collect()
 }

@@ -19,7 +19,7 @@ use tokio::net::UnixStream;
 
 use super::{Ending, Granted, READY, Removed};
 use crate::demo::etcd::Process;
-use crate::demo::wireguard::{self, Carrier};
+use crate::demo::wireguard::{Carrier, private_sockets};
 use crate::demo::{DemoBackend, DemoError, DemoSpec, Masquerade, http, service_network};
 use crate::error::Context as _;
 use crate::families::with_prefix;
@@ -41,11 +41,12 @@ pub fn flags_of_podnetd() -> Option<Result<Vec<OsString>, LabError>> {
     let mut arguments = std::env::args_os().skip(1);
     arguments.next().filter(|first| first == AS_PODNETD)?;
     let folder = arguments.next().filter(|folder| folder != NO_FOLDER);
-    let private = folder.map_or(Ok(()), |folder| wireguard::private_sockets(Some(Path::new(&folder))));
+    let private = folder.map_or(Ok(()), |folder| private_sockets(Some(Path::new(&folder))));
     Some(private.map(|()| arguments.collect()))
 }
 
-/// What of the daemons outlives them: a folder for each node, on which the next start builds. Dropping it ends what serves devices in user space.
+/// What of the daemons outlives them: a folder for each node, on which the next start builds. Dropping it removes the folders, and with their sockets
+/// wireguard-go ends.
 #[derive(Debug)]
 pub(in crate::demo) struct Homes {
     folder: TempDir,
@@ -62,17 +63,12 @@ impl Homes {
         self.folder.path()
     }
 
+    pub(in crate::demo) fn carrier(&self) -> Option<&Carrier> {
+        self.carrier.as_ref()
+    }
+
     fn home(&self, node: &Node) -> PathBuf {
         self.folder().join(node.name())
-    }
-}
-
-impl Drop for Homes {
-    fn drop(&mut self) {
-        let homes = fs::read_dir(self.folder()).into_iter().flatten().flatten();
-        for socket in homes.flat_map(|home| fs::read_dir(sockets(&home.path())).into_iter().flatten().flatten()) {
-            wireguard::end_daemon(&socket.path());
-        }
     }
 }
 
@@ -97,7 +93,7 @@ impl Podnetd {
     pub(in crate::demo) fn start(node: &Node, homes: &Homes, etcd: &str, spec: DemoSpec) -> Result<Self, DemoError> {
         let home = homes.home(node);
         fs::create_dir_all(sockets(&home)).context(|| format!("making {}", home.display()))?;
-        let arguments = arguments(node, &home, homes.carrier.as_ref(), etcd, spec);
+        let arguments = arguments(node, &home, homes.carrier(), etcd, spec);
         let process = Process::start(node.netns(), command(&arguments), &home.join("log"))?;
         let (node, netns) = (node.name().to_owned(), node.netns().clone());
         Ok(Self { process, node, netns, home, backend: spec.backend, arguments })

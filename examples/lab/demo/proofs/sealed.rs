@@ -46,11 +46,12 @@ pub async fn unreadable(cluster: &Cluster, family: Family) -> Result<Seen, DemoE
     };
     let seen = wire.capture.wait_for(SOON, |frame| is_ours(frame) || wire.can_read(frame)).await.is_ok();
     let heard = wire.heard();
-    let length = match seen && wire.capture.report().frames.iter().any(is_ours) {
+    let as_long = seen && wire.capture.report().frames.iter().any(is_ours);
+    let length = match as_long {
         true => format!("{PACKET} bytes inside, {} more outside", sealed_overhead(family)),
         false => format!("no packet of {long} bytes, which is what {PACKET} bytes should be"),
     };
-    let holds = arrived && heard.readable.is_empty() && length.contains("inside");
+    let holds = arrived && as_long && heard.is_unreadable();
     let text = format!("{from} > {to} udp {port}; {length}; {}", heard.summary());
     let text = if arrived { text } else { format!("{text}; what the pods said did not arrive") };
     let looked = "looked for in every byte: what the pods say, and their addresses".to_owned();
