@@ -7,7 +7,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: ## a pod network of three nodes on this machine; options in ARGS, for instance ARGS=--help
-	@cargo run --quiet --release -p podnet-examples $(if $(findstring etcd,$(ARGS)),--features etcd) --example cluster -- $(ARGS)
+	@cargo run --quiet --release -p podnet-examples $(if $(findstring etcd,$(ARGS)),,--no-default-features) --example cluster -- $(ARGS)
 
 test: ## all that CI checks; V=1 shows the output of every step
 	@bash scripts/test

@@ -29,7 +29,7 @@ const FORBIDDEN: u8 = 3;
 const INTERRUPTED: u8 = 130;
 
 /// How to have it.
-const WITH_ETCD: &str = "cargo run --release -p podnet-examples --features etcd --example cluster -- --subnets etcd";
+const WITH_ETCD: &str = "cargo run --release --example cluster -- --subnets etcd";
 
 fn main() -> ExitCode {
     if let Some(flags) = flags_of_podnetd() {
