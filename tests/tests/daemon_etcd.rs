@@ -18,7 +18,7 @@ use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
 use podnet_tests::real::etcd::{self, Etcd};
 use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::monitor::Monitor;
-use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, podnetd, said};
+use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, podnetd, said};
 use podnet_tests::real::{self, DEVICE, WIDE, assert_same, builder, slower};
 use podnet_tests::spawn;
 use tempfile::TempDir;
@@ -35,6 +35,7 @@ tests! {
     three_nodes_killed_at_random_moments_come_to_the_exact_state_while_members_of_etcd_are_killed,
     restarts_behind_a_firewall_that_drops_lose_no_packet,
     five_thousand_leases_are_in_the_kernel_after_one_start_and_the_next_writes_nothing,
+    a_changed_network_is_told_and_taken_up_by_a_restart_alone,
 }
 
 tests! {
@@ -610,6 +611,59 @@ async fn requests(etcd: &Etcd, method: &str) -> u64 {
     stream.read_to_string(&mut text).await.unwrap();
     let name = format!("grpc_server_started_total{{grpc_method=\"{method}\",");
     text.lines().find_map(|line| line.strip_prefix(&name)?.rsplit_once(' ')?.1.parse().ok()).unwrap_or_default()
+}
+
+async fn a_changed_network_is_told_and_taken_up_by_a_restart_alone() {
+    if etcd::missing("a_changed_network_is_told") {
+        return;
+    }
+    let mut stage = Stage::new(2, Etcd::single().await).await;
+    let key = format!("{PREFIX}/config");
+    let folder = stage.folder.path().to_owned();
+    let systemd = std::os::unix::net::UnixDatagram::bind(folder.join("notify")).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = stage.command(0, &["--firewall=nftables", "--network-check=1"]);
+    command.env("NOTIFY_SOCKET", folder.join("notify")).env("WATCHDOG_USEC", "1000000");
+    let daemon = Daemon::start(stage.netns(0), command, &folder.join("0.sock"), &folder.join("0.log"), || ());
+    let other = stage.start(1, &["--firewall=nftables", "--network-check=0"]);
+    daemon.until_connected(1);
+    other.until_connected(1);
+    let eye = Eye::on(stage.netns(0));
+    let before = eye.settled();
+    let monitor = Monitor::on(stage.netns(0), stage.lab.nodes()[0].host().link(DEVICE).await.unwrap().index);
+    let says = |part: &str, times: usize| {
+        eventually(part, || daemon.log().matches(part).count() == times);
+    };
+
+    stage.keys.put(&key, &config(r#", "VNI": 5"#), None).await;
+    says("has changed, in the backend's options: restart podnetd to take it up", 1);
+    let mut heard = [0; 1024];
+    loop {
+        let length = systemd.recv(&mut heard).expect("systemd is told");
+        if String::from_utf8_lossy(&heard[..length]).contains("restart podnetd to take it up") {
+            break;
+        }
+    }
+    stage.keys.put(&key, r#"{"Network": "10.64.0.0"}"#, None).await;
+    says("a podnetd that starts now cannot take it up", 1);
+    stage.keys.put(&key, &config(""), None).await;
+    says("is again what this podnetd runs with", 1);
+    stage.keys.put(&key, &config("").replace(WIDE, "10.64.0.0/11"), None).await;
+    says("has changed, from 10.64.0.0/10 to 10.64.0.0/11", 1);
+    stage.keys.put(&key, &config(r#", "VNI": 5"#), None).await;
+    says("has changed, in the backend's options: restart podnetd to take it up", 2);
+    assert_eq!(other.log().matches("has changed").count(), 0, "it was told not to look");
+    daemon.until_ready();
+    assert_eq!(monitor.events(), [""; 0], "the network was not touched");
+    assert_same(&before, &eye.settled());
+    stage.assert_pods_talk().await;
+
+    assert_eq!((daemon.stop(), other.stop()), (Some(0), Some(0)));
+    let anew = [0, 1].map(|index| stage.start(index, &["--firewall=nftables"]));
+    anew.iter().for_each(|daemon| daemon.until_connected(1));
+    let dump = eye.settled();
+    assert!(dump.has(&["link flannel.5 ", "Id(5)"]) && !dump.has(&["flannel.1 "]), "{dump:?}");
+    stage.assert_pods_talk().await;
 }
 
 /// Ten minutes, unless `PODNET_AWAY` says how many seconds; run by its whole name alone.

@@ -10,6 +10,8 @@ mod view;
 mod watch;
 
 use std::fmt;
+#[cfg(feature = "testkit")]
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,11 +24,34 @@ use super::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use crate::config::{NetConf, NetworkConfig};
 use crate::lease::Offer;
 use crate::types::NodeName;
+#[cfg(feature = "testkit")]
+use crate::types::Stack;
 use client::Etcd;
 use own::Owners;
 use watch::Watch;
 
 pub use options::{EtcdOptions, EtcdOptionsError, EtcdTls};
+
+/// What a value under a lease's key says, as a store reads it: where the node is, and how it is reached. For whoever tests with values that
+/// somebody else wrote.
+///
+/// # Errors
+///
+/// Why it is no lease.
+#[cfg(feature = "testkit")]
+pub fn read_value(bytes: &[u8]) -> Result<(Stack<Ipv4Addr, Ipv6Addr>, Vec<Offer>), String> {
+    value::Value::decode(bytes).map(|value| (value.underlay, value.offers))
+}
+
+/// The value that says this, as a store writes it.
+///
+/// # Errors
+///
+/// What could not be read again: too much, or an offer of no backend.
+#[cfg(feature = "testkit")]
+pub fn write_value(underlay: &Stack<Ipv4Addr, Ipv6Addr>, offers: &[Offer]) -> Result<String, String> {
+    value::Value::encode(underlay, offers)
+}
 
 /// A store of leases in etcd (3.4 or later, API v3). Clones are handles of the same store.
 ///
