@@ -767,6 +767,7 @@ async fn among(count: u16) {
     let first = begun.elapsed();
     daemon.until_ready();
     let ranges = requests(&stage.etcd, "Range").await - before;
+    assert_eq!(ranges, 3, "the configuration, twice, and one list");
     let begun = Instant::now();
     let dump = eye.settled();
     let looked = begun.elapsed();
