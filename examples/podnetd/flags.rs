@@ -276,7 +276,9 @@ pub(crate) fn unknown_variables(flags: &[&Flag], names: impl Iterator<Item = Str
 }
 
 fn unknown(flags: &[&Flag], name: &str) -> String {
-    let near = flags.iter().map(|flag| (distance(flag.name, name), flag.name)).min();
+    // Of what is much longer or shorter it is not worth while to ask.
+    let alike = flags.iter().filter(|flag| flag.name.len().abs_diff(name.len()) <= 8);
+    let near = alike.map(|flag| (distance(flag.name, name), flag.name)).min();
     let near = near.filter(|(distance, _)| *distance <= 2 && *distance < name.len());
     let starts = || flags.iter().find(|flag| name.len() >= 4 && flag.name.starts_with(name)).map(|flag| flag.name);
     match near.map(|(_, near)| near).or_else(starts) {

@@ -139,10 +139,13 @@ impl Daemon {
         self.until("/status", |code, body| code == 200 && connected(body));
     }
 
-    /// A figure of its metrics, by the sample's name with its labels.
+    /// The sum of a metric, whatever its labels say; `None` where it is not among its metrics.
     pub fn metric(&self, name: &str) -> Option<f64> {
         let (_, text) = self.get("/metrics")?;
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+        let samples =
+            text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let values: Vec<f64> = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).collect();
+        (!values.is_empty()).then(|| values.iter().sum())
     }
 
     /// Does something while the daemon stands still.

@@ -577,3 +577,21 @@ async fn whatever_happens_between_acquisition_and_watch_the_snapshot_is_what_is_
         }
     }
 }
+
+/// A term of ten minutes, of which the engine would let more than six pass.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_renews_its_lease_as_long_before_its_end_as_it_was_told() {
+    if missing("margin") {
+        return;
+    }
+    let (etcd, prefix) = (Etcd::shared().await, "/margin");
+    configured(&etcd, prefix).await;
+    let store = EtcdSubnets::new(etcd.options(prefix).term(Duration::from_secs(600))).unwrap();
+    let kernel = host();
+    let running = spawn(builder(&kernel, store.clone()).renew_margin(Duration::from_secs(598))).await;
+    running.until(Status::is_ready).await;
+    let (before, begun) = (store.counters().requests, Instant::now());
+    // Two requests a renewal: whether the lease is ours still, and the renewal itself.
+    eventually("two renewals", || store.counters().requests >= before + 4).await;
+    assert!(begun.elapsed() >= Duration::from_secs(2), "not more often than said");
+}
