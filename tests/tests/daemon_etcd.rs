@@ -416,8 +416,13 @@ async fn chaos(etcd: Etcd, about: u16) {
     chaos.lose_a_member().await;
     let begun = Instant::now();
     let mut rounds = 0;
-    while rounds < 24 || chaos.in_the_middle < 3 {
-        chaos.round().await;
+    while rounds < 20 || chaos.in_the_middle < 3 {
+        if rounds < 20 {
+            chaos.round().await;
+        } else {
+            let index = chaos.random.below(3) as usize;
+            chaos.die_in_a_batch(index).await;
+        }
         rounds += 1;
         assert!(begun.elapsed() < slower(PATIENCE), "{} kills hit the middle of a batch", chaos.in_the_middle);
     }
