@@ -82,6 +82,11 @@ impl Shared {
         }
     }
 
+    /// What an operator should know beside the status.
+    pub(crate) fn notice(&self) -> Option<String> {
+        self.notice.get()
+    }
+
     /// Waits until something changed that may make it ready, reckoned from this call and not from when it is first polled: who calls it
     /// before looking misses nothing.
     pub(crate) fn changed(&self) -> impl Future<Output = ()> + use<'_> {

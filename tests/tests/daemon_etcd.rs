@@ -667,6 +667,7 @@ async fn a_changed_network_is_told_and_taken_up_by_a_restart_alone() {
 
     stage.keys.put(&key, &config(r#", "VNI": 5"#), None).await;
     says("has changed, in the backend's options: restart podnetd to take it up", 1);
+    daemon.until("/readyz", |code, body| code == 200 && body.contains("restart podnetd to take it up"));
     let mut heard = [0; 1024];
     loop {
         let length = systemd.recv(&mut heard).expect("systemd is told");
