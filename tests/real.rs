@@ -10,6 +10,7 @@ pub mod firewalld;
 pub mod flannel;
 pub mod monitor;
 pub mod nft;
+pub mod podnetd;
 pub mod privilege;
 pub mod stopwatch;
 pub mod storm;

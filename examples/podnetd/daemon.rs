@@ -19,11 +19,12 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 
 use crate::http::{Listener, serve};
+use crate::network::Notice;
 use crate::node::Keys;
 use crate::options::Options;
 use crate::subnet_file::{self, State, Writes};
 use crate::systemd::Systemd;
-use crate::{Problem, client, node, store};
+use crate::{Problem, client, network, node, store};
 
 /// How often the store is asked for the network, as flanneld does.
 const RETRY: Duration = Duration::from_secs(1);
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
     waiting: Mutex<String>,
     /// There is one now.
     begun: Notify,
+    /// What the store says of the network since.
+    notice: Notice,
 }
 
 impl Shared {
@@ -72,20 +75,37 @@ impl Shared {
 
     /// One line about the overlay.
     pub(crate) fn summary(&self) -> String {
-        self.overlay.get().map(|overlay| overlay.status().borrow().summary()).unwrap_or_default()
+        let summary = self.overlay.get().map(|overlay| overlay.status().borrow().summary()).unwrap_or_default();
+        match self.notice.get() {
+            Some(notice) => format!("{summary}; {notice}"),
+            None => summary,
+        }
     }
 
-    /// Waits until something changed that may make it ready.
-    pub(crate) async fn changed(&self) {
+    /// What an operator should know beside the status.
+    pub(crate) fn notice(&self) -> Option<String> {
+        self.notice.get()
+    }
+
+    /// Waits until something changed that may make it ready, reckoned from this call and not from when it is first polled: who calls it
+    /// before looking misses nothing.
+    pub(crate) fn changed(&self) -> impl Future<Output = ()> + use<'_> {
+        // Hears of whatever is told from now on, polled or not.
+        let begun = self.begun.notified();
         let mut file = self.file.clone();
         file.mark_unchanged();
-        let Some(overlay) = self.overlay.get() else { return self.begun.notified().await };
-        let mut status = overlay.status();
-        status.mark_unchanged();
-        tokio::select! {
-            Ok(()) = status.changed() => {}
-            Ok(()) = file.changed() => {}
-            else => std::future::pending().await,
+        let status = self.overlay.get().map(|overlay| {
+            let mut status = overlay.status();
+            status.mark_unchanged();
+            status
+        });
+        async move {
+            let Some(mut status) = status else { return begun.await };
+            tokio::select! {
+                Ok(()) = status.changed() => {}
+                Ok(()) = file.changed() => {}
+                else => std::future::pending().await,
+            }
         }
     }
 
@@ -124,6 +144,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         overlay: OnceLock::new(),
         waiting: Mutex::new("the network's configuration is not read yet".to_owned()),
         begun: Notify::new(),
+        notice: Notice::default(),
     });
     let served = Served::listen(&options, &shared).await?;
     let systemd = Arc::new(Systemd::from_environment());
@@ -133,7 +154,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
     });
 
     let network = tokio::select! {
-        network = network(&*store, &shared) => Some(network),
+        network = known_network(&*store, &shared) => Some(network),
         () = signals.next() => None,
     };
     let outcome = match network {
@@ -147,7 +168,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
 }
 
 /// The network's configuration, however long the store takes.
-async fn network(store: &dyn SubnetManager, shared: &Shared) -> NetworkConfig {
+async fn known_network(store: &dyn SubnetManager, shared: &Shared) -> NetworkConfig {
     loop {
         let reason = match tokio::time::timeout(PATIENCE, store.network()).await {
             Ok(Ok(network)) => return network,
@@ -175,6 +196,12 @@ async fn keep_network(
     let logging = tokio::spawn(log_changes(overlay.status()));
     let (path, writes) = (options.subnet_file.clone(), Arc::clone(&shared.writes));
     let keeping = tokio::spawn(subnet_file::keep(path, options.ip_masq, overlay.status(), file_state, writes));
+    let looking = options.network_check.map(|period| {
+        let (shared, network, choice) = (Arc::clone(shared), network.clone(), options.store.clone());
+        tokio::spawn(async move {
+            network::keep_looking(|| store::open_again(&choice), period, &network, &shared.notice).await;
+        })
+    });
     let _ = shared.overlay.set(Arc::clone(&overlay));
     shared.begun.notify_waiters();
 
@@ -187,6 +214,7 @@ async fn keep_network(
             Ok(())
         }
     };
+    looking.inspect(|looking| looking.abort());
     keeping.abort();
     logging.abort();
     outcome
@@ -276,4 +304,34 @@ fn unix_socket(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    fn shared(file: watch::Receiver<State>) -> Shared {
+        Shared {
+            node: "me".parse().unwrap(),
+            started: SystemTime::now(),
+            file,
+            writes: Arc::default(),
+            overlay: OnceLock::new(),
+            waiting: Mutex::default(),
+            begun: Notify::new(),
+            notice: Notice::default(),
+        }
+    }
+
+    #[test]
+    fn what_begins_between_the_look_and_the_wait_is_not_missed() {
+        let shared = shared(watch::channel(State::Waiting).1);
+        let changed = shared.changed();
+        assert!(shared.overlay().is_none(), "the look");
+        shared.begun.notify_waiters();
+        assert!(changed.now_or_never().is_some(), "it was told before it was waited for");
+        assert!(shared.changed().now_or_never().is_none(), "nothing happened since");
+    }
 }

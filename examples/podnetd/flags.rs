@@ -75,6 +75,28 @@ pub(crate) enum Usage {
     Wrong(Vec<String>),
 }
 
+impl Usage {
+    /// More than this is not said, and no sentence is longer: what is wrong was written by somebody, or something.
+    const PROBLEMS: usize = 32;
+    const LETTERS: usize = 400;
+
+    /// Problems, as many and as long as somebody reads.
+    pub(crate) fn wrong(mut problems: Vec<String>) -> Usage {
+        let more = problems.len().saturating_sub(Usage::PROBLEMS);
+        problems.truncate(Usage::PROBLEMS);
+        for problem in &mut problems {
+            if let Some((end, _)) = problem.char_indices().nth(Usage::LETTERS) {
+                problem.truncate(end);
+                problem.push_str("...");
+            }
+        }
+        if more > 0 {
+            problems.push(format!("and {more} more"));
+        }
+        Usage::Wrong(problems)
+    }
+}
+
 /// The values that were given, by name.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Given(BTreeMap<&'static str, Value>);
@@ -100,7 +122,7 @@ impl Given {
                 problems.push(format!("the environment variable {name}: {problem}"));
             }
         }
-        if problems.is_empty() { Ok(given) } else { Err(Usage::Wrong(problems)) }
+        if problems.is_empty() { Ok(given) } else { Err(Usage::wrong(problems)) }
     }
 
     fn command_line(
@@ -186,6 +208,18 @@ impl Given {
         Ok(())
     }
 
+    /// Arguments that say the same.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let argument = |name: &str, value: &dyn std::fmt::Display| format!("-{name}={value}");
+        let arguments = self.0.iter().flat_map(|(name, value)| match value {
+            Value::Bool(value) => vec![argument(name, value)],
+            Value::Int(value) => vec![argument(name, value)],
+            Value::Text(value) => vec![argument(name, value)],
+            Value::List(list) => list.iter().map(|value| argument(name, value)).collect(),
+        });
+        arguments.collect()
+    }
+
     /// Whether the flag was given, with whatever value.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
@@ -242,7 +276,9 @@ pub(crate) fn unknown_variables(flags: &[&Flag], names: impl Iterator<Item = Str
 }
 
 fn unknown(flags: &[&Flag], name: &str) -> String {
-    let near = flags.iter().map(|flag| (distance(flag.name, name), flag.name)).min();
+    // Of what is much longer or shorter it is not worth while to ask.
+    let alike = flags.iter().filter(|flag| flag.name.len().abs_diff(name.len()) <= 8);
+    let near = alike.map(|flag| (distance(flag.name, name), flag.name)).min();
     let near = near.filter(|(distance, _)| *distance <= 2 && *distance < name.len());
     let starts = || flags.iter().find(|flag| name.len() >= 4 && flag.name.starts_with(name)).map(|flag| flag.name);
     match near.map(|(_, near)| near).or_else(starts) {

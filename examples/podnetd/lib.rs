@@ -10,6 +10,7 @@ mod flags;
 mod help;
 mod http;
 mod metrics;
+mod network;
 mod node;
 mod options;
 mod pages;
@@ -70,6 +71,24 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             anstream::eprintln!("podnetd: {problem}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The flags that [`run`] would understand, in one notation: `-name=value` for each that was given, in the order of their names, with what the
+/// environment says. Nothing is opened. Passwords are among them.
+///
+/// # Errors
+///
+/// Everything that is wrong, at most some dozens of sentences of a few hundred letters.
+pub fn understood(
+    arguments: impl Iterator<Item = OsString>,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<Vec<String>, Vec<String>> {
+    match Options::read_with_flags(arguments, environment) {
+        Ok((_, given)) => Ok(given.arguments()),
+        Err(Usage::Help) => Ok(vec!["-help".to_owned()]),
+        Err(Usage::Version) => Ok(vec!["-version=true".to_owned()]),
+        Err(Usage::Wrong(problems)) => Err(problems),
     }
 }
 

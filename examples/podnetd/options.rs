@@ -93,6 +93,8 @@ pub(crate) struct Options {
     pub(crate) firewall: Firewall,
     pub(crate) reserved: Vec<IpNetwork>,
     pub(crate) adopt_flannel: bool,
+    /// `None`: never.
+    pub(crate) network_check: Option<Duration>,
     pub(crate) host_settings: HostSetting,
     pub(crate) require_encryption: bool,
     pub(crate) renew_margin: Duration,
@@ -111,6 +113,14 @@ impl Options {
         arguments: impl Iterator<Item = OsString>,
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<Options, Usage> {
+        Options::read_with_flags(arguments, environment).map(|(options, _)| options)
+    }
+
+    /// And what was given.
+    pub(crate) fn read_with_flags(
+        arguments: impl Iterator<Item = OsString>,
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<(Options, Given), Usage> {
         let given = Given::read(flag::FLAGS, arguments, environment)?;
         if given.boolean(flag::VERSION) {
             return Err(Usage::Version);
@@ -118,8 +128,8 @@ impl Options {
         let mut problems = Problems::default();
         let options = Options::of(&given, &mut problems);
         match options {
-            Some(options) if problems.0.is_empty() => Ok(options),
-            _ => Err(Usage::Wrong(problems.0)),
+            Some(options) if problems.0.is_empty() => Ok((options, given)),
+            _ => Err(Usage::wrong(problems.0)),
         }
     }
 
@@ -174,6 +184,11 @@ impl Options {
         if !(1..=3600).contains(&timeout) {
             problems.add(flag::TIMEOUT, format!("{timeout} is out of range: 1 to 3600 seconds"));
         }
+        let check = given.integer(flag::NETWORK_CHECK);
+        let check = u64::try_from(check).ok().filter(|check| *check <= 86_400).unwrap_or_else(|| {
+            problems.add(flag::NETWORK_CHECK, format!("{check} is out of range: 1 to 86400 seconds, 0 for never"));
+            0
+        });
         let Some(subnet_file) = given.text(flag::SUBNET_FILE).map(PathBuf::from) else {
             problems.add(flag::SUBNET_FILE, "a path is needed: CNI plugins read the file".to_owned());
             return None;
@@ -193,6 +208,7 @@ impl Options {
             firewall,
             reserved: problems.networks(given, flag::RESERVE),
             adopt_flannel: given.boolean(flag::ADOPT_FLANNEL),
+            network_check: (check > 0).then_some(Duration::from_secs(check)),
             host_settings,
             require_encryption: given.boolean(flag::REQUIRE_ENCRYPTION),
             renew_margin,
@@ -409,9 +425,9 @@ mod tests {
         assert_eq!((options.masquerade, options.ip_masq), (policy, true));
         assert_eq!(options.healthz, Some("[::]:8471".parse().unwrap()));
         assert_eq!((options.verbosity, options.subnet_file), (2, PathBuf::from("/run/x.env")));
-        assert_eq!(options.notes.len(), 3, "{:?}", options.notes);
+        assert_eq!(options.notes.len(), 2, "{:?}", options.notes);
         assert!(
-            options.notes[2].contains("-net-config-path changes nothing: it is for Kubernetes alone"),
+            options.notes[1].contains("-net-config-path changes nothing: it is for Kubernetes alone"),
             "{:?}",
             options.notes
         );
@@ -459,6 +475,8 @@ mod tests {
             ("--reserve=10.43", "the flag -reserve: \"10.43\" is not a network"),
             ("--subnet-file=", "CNI plugins read the file"),
             ("--timeout=0", "1 to 3600 seconds"),
+            ("--network-check=-1", "1 to 86400 seconds, 0 for never"),
+            ("--network-check=86401", "1 to 86400 seconds, 0 for never"),
         ] {
             let said = problems(arguments);
             assert!(said.contains(expected), "{arguments}: {said}");

@@ -50,7 +50,10 @@ impl Pages for Shared {
             // As flannel's: the process is there.
             "/healthz" => Answer::text(200, "podnetd is running"),
             "/readyz" => match self.not_ready() {
-                None => Answer::text(200, "podnetd is ready"),
+                None => match self.notice() {
+                    None => Answer::text(200, "podnetd is ready"),
+                    Some(notice) => Answer::text(200, format!("podnetd is ready; {notice}")),
+                },
                 Some(why) => Answer::text(503, format!("podnetd is not ready yet: {why}")),
             },
             "/status" => match self.overlay() {

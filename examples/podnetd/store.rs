@@ -22,6 +22,27 @@ pub(crate) fn open(choice: &StoreChoice) -> Result<Arc<dyn SubnetManager>, Probl
     match choice {
         StoreChoice::File(path) => Ok(Arc::new(FileSubnets::shared(path))),
         StoreChoice::FileReadOnly(path) => Ok(Arc::new(FileSubnets::read_only(path))),
+        StoreChoice::Etcd(flags) => {
+            let local = |endpoint: &str| {
+                ["http://127.", "http://localhost", "http://[::1]"].iter().any(|local| endpoint.starts_with(local))
+            };
+            let plain = flags.endpoints.iter().find(|endpoint| endpoint.starts_with("http://") && !local(endpoint));
+            if let Some(endpoint) = plain {
+                tracing::warn!(
+                    endpoint,
+                    "etcd without TLS: whoever is on the way can read and change who has which subnet"
+                );
+            }
+            etcd(flags)
+        }
+    }
+}
+
+/// The same store once more, for a single question: what was worth a warning was said.
+pub(crate) fn open_again(choice: &StoreChoice) -> Result<Arc<dyn SubnetManager>, Problem> {
+    match choice {
+        // Whoever only looks takes no lock.
+        StoreChoice::File(path) | StoreChoice::FileReadOnly(path) => Ok(Arc::new(FileSubnets::read_only(path))),
         StoreChoice::Etcd(flags) => etcd(flags),
     }
 }
@@ -42,12 +63,6 @@ fn etcd(flags: &EtcdFlags) -> Result<Arc<dyn SubnetManager>, Problem> {
     let read = |flag: &str, path: &Path| -> Result<Vec<u8>, Problem> {
         std::fs::read(path).map_err(|e| format!("the flag -{flag}: read {}: {e}", path.display()).into())
     };
-    let local =
-        |endpoint: &str| ["http://127.", "http://localhost", "http://[::1]"].iter().any(|l| endpoint.starts_with(l));
-    let plain = flags.endpoints.iter().find(|endpoint| endpoint.starts_with("http://") && !local(endpoint));
-    if let Some(endpoint) = plain {
-        tracing::warn!(endpoint, "etcd without TLS: whoever is on the way can read and change who has which subnet");
-    }
     let mut options = EtcdOptions::new(&flags.endpoints).prefix(&flags.prefix).allow_plain_http(true);
     if let Some(authority) = &flags.authority {
         let mut tls = EtcdTls::new(read("etcd-cafile", authority)?);

@@ -60,6 +60,8 @@ impl Systemd {
         let period = self.watchdog.map_or(PERIOD, |longest| (longest / 4).min(PERIOD));
         let mut told_ready = false;
         loop {
+            // Before the look: what changes after it ends the wait below.
+            let changed = shared.changed();
             match shared.not_ready() {
                 None if !told_ready => {
                     told_ready = true;
@@ -80,7 +82,7 @@ impl Systemd {
             }
             tokio::select! {
                 () = tokio::time::sleep(period) => {}
-                () = shared.changed(), if !told_ready => {}
+                () = changed, if !told_ready => {}
             }
         }
     }

@@ -70,6 +70,7 @@ flags! {
     RESERVE = own("reserve", List, "NETWORK", "no node gets a subnet in it: the service network");
     NEVER_MASQUERADE = own("never-masquerade", List, "NETWORK", "destinations that see the pods' own addresses");
     ADOPT_FLANNEL = own("adopt-flannel", Bool(true), "", "take over what flannel left on this node; false: leave it, and report it where it is in the way");
+    NETWORK_CHECK = own("network-check", Int(180), "SECONDS", "about how often it is looked whether the network's configuration in the store has changed, which is told and not taken up; 0: never");
     HOST_SETTINGS = own("host-settings", Text("set"), "WHAT", "forwarding and router advertisements under /proc/sys: set them, report where they are wrong, or ignore them");
     REQUIRE_ENCRYPTION = own("require-encryption", Bool(false), "", "pod packets never leave this node in plain text: only backends that encrypt are used");
     WIREGUARD_KEY_FILE = own("wireguard-key-file", Text("/var/lib/podnet/wireguard.key"), "FILE", "with the backend wireguard: this node's private key, made where it is missing. flannel's is /run/flannel/wgkey");

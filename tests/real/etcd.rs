@@ -242,9 +242,16 @@ impl Eye {
         Some(shown.collect())
     }
 
-    /// All keys below a prefix.
+    /// All keys below a prefix, once etcd answers.
     pub async fn list(&mut self, prefix: &str) -> Vec<Shown> {
-        self.try_list(prefix).await.expect("etcd answers")
+        let begun = Instant::now();
+        loop {
+            if let Some(shown) = self.try_list(prefix).await {
+                return shown;
+            }
+            assert!(begun.elapsed() < PATIENCE, "etcd does not answer");
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// The one key below a prefix.

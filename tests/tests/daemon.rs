@@ -1,19 +1,16 @@
 //! podnetd as a process of its own in real network namespaces: subnet.env, the probes, restarts, `-plan`, `-show`, `-remove`, and whatever
 //! may happen to its files (fault 39).
 //!
-//! Without libtest: the daemon is this same program, started anew with `--as-podnetd`, so that whoever can run the test can run it.
+//! Without libtest: the daemon is this same program, started anew.
 
 use std::ffi::OsString;
 use std::fs;
-use std::future::Future;
-use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::process::{Child, Command, ExitCode, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitCode, Output};
+use std::time::Instant;
 
 use ipnetwork::IpNetwork;
 use podnet_lab::probe::{PingOptions, ping};
@@ -21,15 +18,9 @@ use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
 use podnet_tests::real::etcd;
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::flannel::{flannels_device, flannels_peer};
-use podnet_tests::real::{DEVICE, assert_same};
-use rustix::process::{Pid, Signal, kill_process};
+use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, pause, podnetd, said};
+use podnet_tests::real::{self, DEVICE, assert_same};
 use tempfile::TempDir;
-
-/// What is waited for before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
-const AS_PODNETD: &str = "--as-podnetd";
-
-type Test = fn() -> Pin<Box<dyn Future<Output = ()>>>;
 
 macro_rules! tests {
     ($($name:ident),* $(,)?) => {
@@ -51,20 +42,7 @@ tests! {
 }
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1).peekable();
-    if arguments.peek().is_some_and(|first| first == AS_PODNETD) {
-        return podnetd::run(arguments.skip(1));
-    }
-    podnet_lab::enter_user_namespace_if_needed().unwrap();
-    let only = arguments.map(|a| a.to_string_lossy().into_owned()).find(|a| !a.starts_with('-'));
-    for (name, test) in TESTS.iter().filter(|(name, _)| only.as_ref().is_none_or(|only| name.contains(only))) {
-        println!("test {name} ...");
-        let started = Instant::now();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        runtime.block_on(test());
-        println!("test {name} ... ok ({:.1} s)", started.elapsed().as_secs_f64());
-    }
-    ExitCode::SUCCESS
+    real::podnetd::main(podnetd::run, TESTS, &[])
 }
 
 /// Nodes and pods, one file of leases for all, and a folder for what each daemon writes.
@@ -164,11 +142,9 @@ impl Stage {
         self.start_with(index, self.command(index, &[]))
     }
 
-    fn start_with(&self, index: usize, mut command: Command) -> Daemon {
-        let log = fs::File::create(self.folder.path().join(format!("{index}.log"))).unwrap();
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let child = self.netns(index).run(|| command.spawn()).unwrap().unwrap();
-        Daemon { child, socket: self.socket(index), log: self.folder.path().join(format!("{index}.log")) }
+    fn start_with(&self, index: usize, command: Command) -> Daemon {
+        let log = self.folder.path().join(format!("{index}.log"));
+        Daemon::start(self.netns(index), command, &self.socket(index), &log, || ())
     }
 
     async fn assert_pods_talk(&self) {
@@ -179,116 +155,6 @@ impl Stage {
             }
         }
     }
-}
-
-fn podnetd() -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(AS_PODNETD).env_remove("NOTIFY_SOCKET");
-    command
-}
-
-/// A daemon that runs; killed with this.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-    log: PathBuf,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Daemon {
-    fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    /// The code and the body of a page; `None` while nobody answers.
-    fn get(&self, page: &str) -> Option<(u16, String)> {
-        let mut stream = UnixStream::connect(&self.socket).ok()?;
-        write!(stream, "GET {page} HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        let (head, body) = answer.split_once("\r\n\r\n")?;
-        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
-    }
-
-    /// Waits for a page that is as it should be.
-    fn until(&self, page: &str, holds: impl Fn(u16, &str) -> bool) -> String {
-        let mut last = None;
-        let begun = Instant::now();
-        while begun.elapsed() < PATIENCE {
-            last = self.get(page);
-            if let Some((code, body)) = &last
-                && holds(*code, body)
-            {
-                return body.clone();
-            }
-            pause();
-        }
-        panic!("{page} says {last:?}; the log:\n{}", self.log());
-    }
-
-    fn until_ready(&self) {
-        self.until("/readyz", |code, _| code == 200);
-    }
-
-    /// Waits until this many peers are connected.
-    fn until_connected(&self, peers: u64) {
-        self.until("/status", |code, body| {
-            code == 200 && serde_json::from_str::<serde_json::Value>(body).unwrap()["peers"]["connected"] == peers
-        });
-    }
-
-    /// Does something while the daemon stands still.
-    fn held(&self, work: impl FnOnce()) {
-        kill_process(self.pid(), Signal::STOP).unwrap();
-        work();
-        kill_process(self.pid(), Signal::CONT).unwrap();
-    }
-
-    /// SIGTERM, and the exit code.
-    fn stop(mut self) -> Option<i32> {
-        kill_process(self.pid(), Signal::TERM).unwrap();
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(begun.elapsed() < PATIENCE, "it does not stop; the log:\n{}", self.log());
-            pause();
-        }
-    }
-
-    /// SIGKILL.
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-/// Between two looks.
-fn pause() {
-    std::thread::sleep(Duration::from_millis(10));
-}
-
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < PATIENCE, "not within a minute: {what}");
-        pause();
-    }
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 async fn subnet_env_and_the_probes_say_the_truth_in_both_families() {
@@ -428,19 +294,15 @@ async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
     let folder = stage.subnet_file(0).parent().unwrap().to_owned();
     fs::create_dir(&folder).unwrap();
     // A file system of its own, with room for little, in a mount namespace of its own.
-    let mut command = stage.command(0, &[]);
     let log = stage.folder.path().join("0.log");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
-    let child = stage.netns(0).run(|| {
+    let daemon = Daemon::start(stage.netns(0), stage.command(0, &[]), &stage.socket(0), &log, || {
         use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount("tmpfs", &folder, "tmpfs", MountFlags::empty(), Some(c"size=16k,mode=755")).unwrap();
-        command.spawn()
     });
-    let daemon = Daemon { child: child.unwrap().unwrap(), socket: stage.socket(0), log };
     daemon.until_ready();
-    let inside = Path::new("/proc").join(daemon.child.id().to_string()).join("root");
+    let inside = Path::new("/proc").join(daemon.pid().as_raw_nonzero().to_string()).join("root");
     let seen = |path: &Path| inside.join(path.strip_prefix("/").unwrap());
     let (file, folder) = (seen(&stage.subnet_file(0)), seen(&folder));
     let text = fs::read_to_string(&file).unwrap();
@@ -486,7 +348,7 @@ async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
 
 /// Makes the file system of the daemon's subnet.env read-only, or not.
 fn remount(daemon: &Daemon, file: &Path, read_only: bool) {
-    let mounts = fs::File::open(format!("/proc/{}/ns/mnt", daemon.child.id())).unwrap();
+    let mounts = fs::File::open(format!("/proc/{}/ns/mnt", daemon.pid().as_raw_nonzero())).unwrap();
     let folder = file.parent().unwrap().to_owned();
     std::thread::spawn(move || {
         use rustix::mount::{MountFlags, mount_remount};
@@ -574,20 +436,6 @@ async fn a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env() {
     assert_eq!(stage.eye(0).settled().mac(DEVICE), mac);
     assert_eq!(fs::read_to_string(&file).unwrap(), text);
     assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "what is right is not written again");
-}
-
-/// Carries connections from a lab's namespace to a port of the namespace in which the test runs.
-async fn carry(from: &Netns, at: SocketAddr, to: SocketAddr) {
-    let listener = from.tcp_listener(at).unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut client, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                if let Ok(mut server) = tokio::net::TcpStream::connect(to).await {
-                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
-                }
-            });
-        }
-    });
 }
 
 async fn leases_in_etcd_are_taken_planned_with_and_given_back() {

@@ -514,5 +514,84 @@ async fn five_thousand_leases_are_one_request_and_all_become_routes() {
     let routes = kernel.dump().lines().filter(|line| line.contains("dev flannel.1 onlink")).count();
     assert_eq!(routes, 5000);
     let requests = store.counters().requests;
-    assert!(requests <= 8, "network, acquire (3), list and watch, publish: {requests}");
+    assert!(requests <= 8, "network, acquire (3), count and watch, publish: {requests}");
+}
+
+/// The watch of a node that has just acquired its lease begins with what that listed, if it still holds.
+#[tokio::test]
+async fn whatever_happens_between_acquisition_and_watch_the_snapshot_is_what_is_there_then() {
+    if missing("between") {
+        return;
+    }
+    let etcd = Etcd::shared().await;
+    for between in ["nothing", "one comes", "one changes", "one goes", "one goes and one comes", "the own is written"] {
+        let prefix = format!("/{}", between.replace(' ', "-"));
+        let mut eye = configured(&etcd, &prefix).await;
+        for number in [1, 2, 3] {
+            let (key, value) = peer(&prefix, number);
+            eye.put(&key, &value, None).await;
+        }
+        // With a new key, and with the one that it has.
+        for round in 0..2_u16 {
+            let me = etcd.store(&prefix);
+            let mine = me.acquire(&request(1)).await.unwrap().lease.subnets;
+            let (next_key, next_value) = peer(&prefix, 4 + round);
+            if between.contains("changes") {
+                eye.put(&peer(&prefix, 1).0, &peer(&prefix, 100 + round).1, None).await;
+            }
+            if between.contains("goes") {
+                eye.delete(&peer(&prefix, 2 + round).0).await;
+            }
+            if between.contains("comes") {
+                eye.put(&next_key, &next_value, None).await;
+            }
+            if between.contains("own") {
+                let key = format!("{prefix}/subnets/{}", podnet::flannel::subnet_key::format(&mine).unwrap());
+                let value = format!(r#"{{"PublicIP":"10.240.0.1","PublicIPv6":null,"BackendType":"of-{round}"}}"#);
+                eye.put(&key, &value, Some(600)).await;
+            }
+            let before = me.counters().requests;
+            let mut watch = me.watch(&name("node-1")).await.unwrap();
+            let asked = me.counters().requests - before;
+            assert_eq!(asked, if matches!(between, "nothing" | "the own is written") { 1 } else { 2 }, "{between}");
+            let told = snapshot(&mut watch).await;
+            let mut keys: Vec<String> =
+                told.iter().map(|l| podnet::flannel::subnet_key::format(&l.subnets).unwrap()).collect();
+            keys.push(podnet::flannel::subnet_key::format(&mine).unwrap());
+            keys.sort();
+            let listed = eye.list(&format!("{prefix}/subnets/")).await.into_iter();
+            let listed: Vec<String> = listed.map(|k| k.key.rsplit('/').next().unwrap().to_owned()).collect();
+            assert_eq!(keys, listed, "{between}");
+            if between.contains("changes") {
+                assert!(names(&told).contains(&address(100 + round).as_str()), "{told:?}");
+            }
+            if between.contains("own") {
+                let LeaseEvent::Own(OwnLease::Changed(_)) = next(&mut watch).await else {
+                    panic!("its own was written")
+                };
+            }
+            // And the watch goes on from there.
+            let (key, value) = peer(&prefix, 50 + round);
+            eye.put(&key, &value, None).await;
+            assert!(matches!(next(&mut watch).await, LeaseEvent::Upsert(l) if l.node.as_str() == address(50 + round)));
+        }
+    }
+}
+
+/// A term of ten minutes, of which the engine would let more than six pass.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_renews_its_lease_as_long_before_its_end_as_it_was_told() {
+    if missing("margin") {
+        return;
+    }
+    let (etcd, prefix) = (Etcd::shared().await, "/margin");
+    configured(&etcd, prefix).await;
+    let store = EtcdSubnets::new(etcd.options(prefix).term(Duration::from_secs(600))).unwrap();
+    let kernel = host();
+    let running = spawn(builder(&kernel, store.clone()).renew_margin(Duration::from_secs(598))).await;
+    running.until(Status::is_ready).await;
+    let (before, begun) = (store.counters().requests, Instant::now());
+    // Two requests a renewal: whether the lease is ours still, and the renewal itself.
+    eventually("two renewals", || store.counters().requests >= before + 4).await;
+    assert!(begun.elapsed() >= Duration::from_secs(2), "not more often than said");
 }

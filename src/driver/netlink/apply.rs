@@ -34,13 +34,7 @@ pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult
         units.iter().flat_map(|unit| &unit.steps).filter_map(|step| gateway_route(step.outcome()?)).collect();
     core.nexthops.begin();
     core.nexthops.decide(coming.iter());
-    let mut run = Run {
-        core,
-        units,
-        results: vec![UnitResult::default(); units.len()],
-        devices: HashMap::new(),
-        released: false,
-    };
+    let mut run = Run { core, units, results: vec![UnitResult::default(); units.len()], devices: HashMap::new() };
     let deletes = |unit: &UnitPlan| unit.steps.iter().all(|step| matches!(step, Step::Delete(_)));
     let (last, first): (Vec<usize>, Vec<usize>) = (0..units.len()).partition(|i| units.get(*i).is_some_and(deletes));
     for mut alive in [first, last] {
@@ -54,9 +48,8 @@ pub(super) async fn apply(core: &mut Core, units: &[UnitPlan]) -> Vec<UnitResult
             column += 1;
         }
     }
-    if run.released {
-        run.sweep().await;
-    }
+    // Of what routes have lost here, and of what a killed run made and no route ever named.
+    run.sweep().await;
     run.core.nexthops.end();
     run.results
 }
@@ -77,8 +70,6 @@ struct Run<'a> {
     results: Vec<UnitResult>,
     /// Devices by name as they are now; asked for once, and again after each change. `None`: there is none.
     devices: HashMap<DeviceName, Option<RawLink>>,
-    /// Nexthop objects may have lost their last route.
-    released: bool,
 }
 
 /// A message of a batch: whose, and what it does.
@@ -496,7 +487,6 @@ impl<'a> Run<'a> {
         let IpNetwork::V4(destination) = route.destination else { return };
         let place = (destination, route.metric);
         // A new route that came to be frees nothing.
-        self.released |= answer.is_err() || !matches!(sent.step, Step::Create(_));
         match answer {
             Ok(()) => match sent.step.outcome().and_then(gateway_route) {
                 Some(_) => self.core.nexthops.route_is(place, sent.id),
@@ -753,7 +743,9 @@ impl<'a> Run<'a> {
     /// Deletes the nexthop objects that no route names any more.
     async fn sweep(&mut self) {
         let unused = self.core.nexthops.unused();
-        self.drop_objects(unused).await;
+        if !unused.is_empty() {
+            self.drop_objects(unused).await;
+        }
     }
 
     async fn drop_objects(&mut self, ids: Vec<u32>) {

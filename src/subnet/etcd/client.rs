@@ -180,6 +180,31 @@ impl Etcd {
         self.call(&format!("list {prefix}"), list).await
     }
 
+    /// How many keys begin with `prefix`, if none of them but `except` was written after `revision`: with the number that was listed then, the
+    /// listing still holds.
+    pub(super) async fn count_unless_written_since(
+        &self,
+        prefix: &str,
+        except: &str,
+        revision: i64,
+    ) -> Result<Option<usize>, SubnetError> {
+        let count = |client: Client| async move {
+            let older = |from: String, end: Vec<u8>| {
+                Compare::mod_revision(from, CompareOp::Less, revision.saturating_add(1)).with_range(end)
+            };
+            // Behind `except` comes `except` with a byte of zero.
+            let when = [older(prefix.to_owned(), except.into()), older(format!("{except}\0"), end_of(prefix))];
+            let count = TxnOp::get(prefix, Some(GetOptions::new().with_prefix().with_count_only()));
+            let answer = client.kv_client().txn(Txn::new().when(when).and_then([count])).await?;
+            let counted = answer.op_responses().into_iter().find_map(|response| match response {
+                TxnOpResponse::Get(get) if answer.succeeded() => usize::try_from(get.count()).ok(),
+                _ => None,
+            });
+            Ok(counted)
+        };
+        self.call(&format!("count {prefix}"), count).await
+    }
+
     pub(super) async fn transact(
         &self,
         attempted: &str,
@@ -396,6 +421,15 @@ impl Operation {
             Operation::Delete { key } => TxnOp::delete(key.as_str(), Some(DeleteOptions::new())),
         }
     }
+}
+
+/// The first key that is behind all that begin with `prefix`, which is text: none of its bytes is the last one.
+fn end_of(prefix: &str) -> Vec<u8> {
+    let mut end = prefix.as_bytes().to_vec();
+    if let Some(last) = end.last_mut() {
+        *last = last.saturating_add(1);
+    }
+    end
 }
 
 /// A key that is not text is none of flannel's.

@@ -8,11 +8,11 @@ use std::time::Duration;
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use tokio::time::{Instant, sleep};
 
-use super::Inner;
 use super::client::{Answer, Condition, Kv, Listing, Operation, Outcome, Transaction};
 use super::own::Held;
 use super::value::{Value, identity};
 use super::view::{Entry, read};
+use super::{Inner, Listed};
 use crate::config::SubnetRange;
 use crate::flannel::subnet_key;
 use crate::lease::{Offer, OwnLease};
@@ -41,7 +41,8 @@ impl Inner {
         };
         for round in 1..=ROUNDS {
             let listing = self.etcd.list(&self.subnets).await?;
-            if let Some(owned) = self.acquire_from(request, ranges, listing).await? {
+            if let Some(owned) = self.acquire_from(request, ranges, &listing).await? {
+                self.remember(&request.node, listing);
                 return Ok(owned);
             }
             sleep(self.up_to(PAUSE.saturating_mul(round.min(10)))).await;
@@ -52,18 +53,25 @@ impl Inner {
         })
     }
 
+    /// For the watch that the node begins next.
+    fn remember(&self, node: &NodeName, listing: Listing) {
+        let Ok(held) = self.owners.held(node) else { return };
+        let listed = Listed { node: node.clone(), key: held.key, listing, at: Instant::now() };
+        *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some(listed);
+    }
+
     /// One try, with what was in etcd a moment ago. `None`: somebody was quicker.
     async fn acquire_from(
         &self,
         request: &LeaseRequest,
         ranges: &Ranges,
-        listing: Listing,
+        listing: &Listing,
     ) -> Result<Option<OwnedLease>, SubnetError> {
         let me = identity(&request.underlay);
         let (mut mine, mut taken) = (Vec::new(), Taken::default());
-        for kv in listing.kvs {
-            match read(&kv) {
-                Ok(entry) if entry.value.identity() == me => mine.push((kv, entry)),
+        for kv in &listing.kvs {
+            match read(kv) {
+                Ok(entry) if entry.value.identity() == me => mine.push((kv.clone(), entry)),
                 // A key that says a subnet takes it, whatever its value is.
                 _ => subnet_key::parse(&kv.key).iter().for_each(|subnets| taken.insert(subnets)),
             }

@@ -10,23 +10,49 @@ mod view;
 mod watch;
 
 use std::fmt;
+#[cfg(feature = "testkit")]
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use tokio::time::Instant;
 
 use super::random::Random;
 use super::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use crate::config::{NetConf, NetworkConfig};
 use crate::lease::Offer;
 use crate::types::NodeName;
-use client::Etcd;
+#[cfg(feature = "testkit")]
+use crate::types::Stack;
+use client::{Etcd, Listing};
 use own::Owners;
 use watch::Watch;
 
 pub use options::{EtcdOptions, EtcdOptionsError, EtcdTls};
+
+/// What a value under a lease's key says, as a store reads it: where the node is, and how it is reached. For whoever tests with values that
+/// somebody else wrote.
+///
+/// # Errors
+///
+/// Why it is no lease.
+#[cfg(feature = "testkit")]
+pub fn read_value(bytes: &[u8]) -> Result<(Stack<Ipv4Addr, Ipv6Addr>, Vec<Offer>), String> {
+    value::Value::decode(bytes).map(|value| (value.underlay, value.offers))
+}
+
+/// The value that says this, as a store writes it.
+///
+/// # Errors
+///
+/// What could not be read again: too much, or an offer of no backend.
+#[cfg(feature = "testkit")]
+pub fn write_value(underlay: &Stack<Ipv4Addr, Ipv6Addr>, offers: &[Offer]) -> Result<String, String> {
+    value::Value::encode(underlay, offers)
+}
 
 /// A store of leases in etcd (3.4 or later, API v3). Clones are handles of the same store.
 ///
@@ -90,6 +116,9 @@ pub struct EtcdCounters {
     pub unreadable: u64,
 }
 
+/// How long what was listed may be asked about.
+const FRESH: Duration = Duration::from_secs(10);
+
 struct Inner {
     etcd: Etcd,
     /// `PREFIX/config`.
@@ -100,8 +129,18 @@ struct Inner {
     /// What `network` answered last: what the node runs with.
     network: Mutex<Option<NetworkConfig>>,
     owners: Owners,
+    /// What a node acquired its lease with, for the watch that it begins next.
+    listed: Mutex<Option<Listed>>,
     random: Mutex<Random>,
     unreadable: AtomicU64,
+}
+
+struct Listed {
+    node: NodeName,
+    /// The node's key.
+    key: String,
+    listing: Listing,
+    at: Instant,
 }
 
 impl EtcdSubnets {
@@ -119,6 +158,7 @@ impl EtcdSubnets {
             term: options.term,
             network: Mutex::default(),
             owners: Owners::new(),
+            listed: Mutex::default(),
             random: Mutex::new(Random::new()),
             unreadable: AtomicU64::new(0),
         };
@@ -165,6 +205,20 @@ impl Inner {
         let millis = usize::try_from(limit.as_millis()).unwrap_or(usize::MAX);
         let chosen = self.random.lock().unwrap_or_else(PoisonError::into_inner).below(millis.saturating_add(1));
         Duration::from_millis(u64::try_from(chosen).unwrap_or(0))
+    }
+
+    /// All leases. A node that has just acquired its own has read them for that, and where nobody has written since they are not read again:
+    /// one list serves its start, however long it is.
+    async fn listing(&self, node: &NodeName) -> Result<Listing, SubnetError> {
+        let listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Listed { key, listing, .. }) = listed.filter(|l| l.node == *node && l.at.elapsed() < FRESH) {
+            let was_there = listing.kvs.iter().any(|kv| kv.key == key);
+            let count = self.etcd.count_unless_written_since(&self.subnets, &key, listing.revision).await?;
+            if count == Some(listing.kvs.len() + usize::from(!was_there)) {
+                return Ok(listing);
+            }
+        }
+        self.etcd.list(&self.subnets).await
     }
 
     fn count_unreadable(&self, more: u64) {

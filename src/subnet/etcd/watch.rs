@@ -10,7 +10,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Inner;
-use super::client::{Change, Changes, Told};
+use super::client::{Change, Changes, Listing, Told};
 use super::view::View;
 use crate::lease::{LeaseEvent, OwnLease};
 use crate::subnet::SubnetError;
@@ -68,7 +68,8 @@ impl Watch {
             own_due: None,
             ended: false,
         };
-        watch.snapshot().await?;
+        let listing = watch.inner.listing(&watch.node).await?;
+        watch.snapshot(listing);
         Ok(watch)
     }
 
@@ -180,8 +181,9 @@ impl Watch {
             // Compacted faster than one can read.
             sleep(SPREAD).await;
         }
-        if let Err(error) = self.snapshot().await {
-            self.end(error);
+        match self.inner.etcd.list(&self.inner.subnets).await {
+            Ok(listing) => self.snapshot(listing),
+            Err(error) => self.end(error),
         }
     }
 
@@ -190,8 +192,7 @@ impl Watch {
         self.queue.push_back(Err(error));
     }
 
-    async fn snapshot(&mut self) -> Result<(), SubnetError> {
-        let listing = self.inner.etcd.list(&self.inner.subnets).await?;
+    fn snapshot(&mut self, listing: Listing) {
         let own = self.inner.owners.see_all(&self.node, &listing);
         self.from = listing.revision;
         self.own.mark_unchanged();
@@ -201,6 +202,5 @@ impl Watch {
         if let Some(own) = own {
             self.tell_own(own);
         }
-        Ok(())
     }
 }

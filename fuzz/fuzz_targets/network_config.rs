@@ -1,0 +1,12 @@
+//! Any input as flannel's net-conf.json. What must hold of it is in `properties.rs`, which `make test` tries as well.
+
+#![no_main]
+
+#[path = "../properties.rs"]
+mod properties;
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    if let Err(broken) = properties::network_config(text) {
+        panic!("{broken}");
+    }
+});
