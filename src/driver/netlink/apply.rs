@@ -486,7 +486,6 @@ impl<'a> Run<'a> {
         }
         let IpNetwork::V4(destination) = route.destination else { return };
         let place = (destination, route.metric);
-        // A new route that came to be frees nothing.
         match answer {
             Ok(()) => match sent.step.outcome().and_then(gateway_route) {
                 Some(_) => self.core.nexthops.route_is(place, sent.id),
@@ -757,7 +756,7 @@ impl<'a> Run<'a> {
         for (id, answer) in ids.into_iter().zip(answers) {
             match absent_is_done(answer) {
                 Ok(()) => self.core.nexthops.deleted(id),
-                // It is tried again with the next deletion.
+                // The next observation finds it again.
                 Err(trouble) => tracing::debug!(id, ?trouble, "a nexthop object without routes stays"),
             }
         }

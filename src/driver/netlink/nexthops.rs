@@ -36,6 +36,8 @@ pub(super) struct Nexthops {
     taken: HashSet<u32>,
     /// Our IPv4 gateway routes, each with the object that it names.
     routes: HashMap<RouteKey, Option<u32>>,
+    /// Objects that may have no user: looked at when they are asked for, so that what is in use costs nothing.
+    idle: Vec<u32>,
     next: u32,
     /// New routes name objects.
     on: bool,
@@ -67,6 +69,8 @@ impl Nexthops {
         for id in held {
             self.doubt(id);
         }
+        // What a killed run made for routes that it did not come to.
+        self.idle = self.entries.iter().filter(|(_, entry)| entry.users == 0).map(|(id, _)| *id).collect();
     }
 
     /// Requests begin. If those before never ended, because their future was dropped, routes may be there that were not
@@ -159,6 +163,7 @@ impl Nexthops {
     pub(super) fn created(&mut self, id: u32, via: Via) {
         self.entries.insert(id, Entry { via: Some(via), users: 0, held: false });
         self.by_via.insert(via, id);
+        self.idle.push(id);
     }
 
     /// This id is somebody else's.
@@ -187,6 +192,9 @@ impl Nexthops {
     fn release(&mut self, id: Option<u32>) {
         if let Some(entry) = id.and_then(|id| self.entries.get_mut(&id)) {
             entry.users = entry.users.saturating_sub(1);
+            if entry.users == 0 {
+                self.idle.extend(id);
+            }
         }
     }
 
@@ -221,11 +229,12 @@ impl Nexthops {
         (routes, ids)
     }
 
-    /// The objects that nothing uses, lowest first.
-    pub(super) fn unused(&self) -> Vec<u32> {
-        let mut unused: Vec<u32> =
-            self.entries.iter().filter(|(_, e)| e.users == 0 && !e.held).map(|(id, _)| *id).collect();
+    /// The objects that nothing uses, lowest first. They are told once: what stays all the same is found by the next observation.
+    pub(super) fn unused(&mut self) -> Vec<u32> {
+        let mut unused = std::mem::take(&mut self.idle);
+        unused.retain(|id| self.entries.get(id).is_some_and(|entry| entry.users == 0 && !entry.held));
         unused.sort_unstable();
+        unused.dedup();
         unused
     }
 
