@@ -16,8 +16,9 @@ use crate::probe::{PingOptions, PingReport, PingStream, SteadyStream};
 /// Bytes a second of the TCP stream: full-size segments without end, but no more than a busy machine of two cores carries beside
 /// the pings. A stream that fills every queue would lose pings with no restart at all.
 const STREAM: u64 = 25_000_000;
-/// The same where a process copies or encrypts every packet, and the milliseconds between pings: a tenth of the load, so that no queue is full.
-const SLOW: (u64, u64) = (2_500_000, 10);
+/// The same where a process copies or encrypts every packet, and the milliseconds between pings: so little that its socket has room for what comes
+/// while a busy machine lets it wait for a fifth of a second.
+const SLOW: (u64, u64) = (500_000, 10);
 /// How long after podnet is ready again packets may still be lost, where its own process carries them.
 const RECOVERED: Duration = Duration::from_secs(1);
 /// The shortest retransmission timeout of TCP: a connection that lost nothing has no pause of that length.

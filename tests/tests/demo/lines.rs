@@ -134,13 +134,22 @@ async fn possible(spec: DemoSpec) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether nothing can be shown here; it says why.
+pub async fn skipped(spec: DemoSpec) -> bool {
+    let lacking = possible(spec).await.err();
+    if let Some(why) = &lacking {
+        let DemoSpec { backend, masquerade, subnets, .. } = spec;
+        // Not through the macro, whose output libtest keeps to itself.
+        let _ = writeln!(io::stderr(), "skipped: the demo with {backend}, {masquerade:?} and {subnets:?}: {why}");
+    }
+    lacking.is_some()
+}
+
 /// Every line of the demo holds, and every line is there that should be, in each family of the stack. Where no node reaches another, what needs
 /// that is skipped, and nothing else.
 pub async fn every_line_holds(spec: DemoSpec) {
     let DemoSpec { backend, families, masquerade, .. } = spec;
-    if let Err(why) = possible(spec).await {
-        // Not through the macro, whose output libtest keeps to itself.
-        let _ = writeln!(io::stderr(), "skipped: the demo with {backend} and {masquerade:?}: {why}");
+    if skipped(spec).await {
         return;
     }
     let findings = whole_demo(spec).await;
@@ -197,8 +206,7 @@ pub async fn every_line_holds(spec: DemoSpec) {
 /// A demo that is given up half-way, as by Ctrl-C, leaves no process: neither daemons of WireGuard's nor podnetd nor etcd.
 pub async fn given_up_it_leaves_no_process(spec: DemoSpec) {
     let _turn = TURNS.acquire().await.unwrap();
-    if let Err(why) = possible(spec).await {
-        let _ = writeln!(io::stderr(), "skipped: a demo that is given up with {}: {why}", spec.backend);
+    if skipped(spec).await {
         return;
     }
     let listener = Listener::default();

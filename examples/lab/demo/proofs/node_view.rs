@@ -108,6 +108,8 @@ pub async fn routes(cluster: &Cluster, family: Family) -> Result<Seen, DemoError
     }
 
     if cluster.crossing() == Crossing::Sealed {
+        // There without any peer, too.
+        expected.extend(backend.route(spec, device, own, node)?.map(|route| route.to_string()));
         // Not flannel's: what is behind the device's route, so that without it nothing goes out in plain text.
         let network = families::network(&spec.networks, family)?;
         expected.insert(format!("blackhole {network} proto {PROTOCOL} metric {BLACKHOLE_METRIC}"));
