@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ pub(crate) fn run(path: &Path, arguments: &[String], device: &str) -> Result<(),
     let mut program = Command::new(path);
     // Nothing of the host's surroundings: neither its variables nor its working folder are for a daemon.
     program.args(arguments).arg(device).env_clear().current_dir("/");
+    // A terminal's Ctrl-C, and whatever else is sent to the host's process group, is for the host.
+    program.process_group(0);
     program.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
     let mut child = program.spawn().map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => DriverError::Unsupported {
@@ -84,5 +87,14 @@ mod tests {
         let refused = run(Path::new("/bin/sh"), &script, "wg0").unwrap_err();
         assert_eq!(refused.to_string(), "run /bin/sh wg0: exit status: 3: no tun");
         run(Path::new("/bin/true"), &[], "wg0").unwrap();
+    }
+
+    #[test]
+    fn its_daemon_is_in_no_group_of_the_hosts_so_that_ctrl_c_leaves_it() {
+        // The number of its group, fifth in the line, is the last that it says.
+        let tells = ["-c", "cut -d' ' -f5 /proc/self/stat >&2; exit 3"].map(str::to_owned);
+        let said = run(Path::new("/bin/sh"), &tells, "wg0").unwrap_err().to_string();
+        let group: i32 = said.rsplit(' ').next().unwrap().parse().unwrap();
+        assert_ne!(group, rustix::process::getpgrp().as_raw_pid(), "{said}");
     }
 }
