@@ -285,7 +285,12 @@ impl Eye {
     /// Everything that ever happened below a prefix: key, and the value that was put or `None`, in order.
     pub async fn history(&mut self, prefix: &str) -> Vec<(String, Option<String>)> {
         let end = "/end-of-history";
-        self.put(end, "", None).await;
+        let begun = Instant::now();
+        // A member that was started a moment ago may not take it yet.
+        while let Err(error) = self.0.put(end, "", None).await {
+            assert!(begun.elapsed() < PATIENCE, "{error}");
+            sleep(Duration::from_millis(20)).await;
+        }
         let options = WatchOptions::new().with_all_keys().with_start_revision(1);
         let mut stream = self.0.watch("", Some(options)).await.expect("a watch");
         let mut history = Vec::new();
