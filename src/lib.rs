@@ -58,16 +58,18 @@
 //!
 //! | crate, feature | what it is | what it pulls in |
 //! |---|---|---|
-//! | `podnet` | the core: leases, admission, plan, drivers for netlink, nftables and sysctl, the engine | tokio, rtnetlink |
+//! | `podnet` | the core: leases, admission, plan, drivers for netlink, nftables, iptables and sysctl, the engine | tokio, rtnetlink |
 //! | feature `etcd` | leases in etcd, as flannel keeps them (`subnet::etcd`) | etcd-client with rustls; `protoc` to build it |
-//! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks ([`testkit`]) | mockall |
+//! | feature `testkit` | a fake kernel with faults, a clock that tests move, mocks, suites for backends, drivers and stores ([`testkit`]) | mockall |
 //! | `podnet-vxlan` | the VXLAN backend | nothing more |
+//! | `podnet-host-gw` | the host-gw backend | nothing more |
 //! | `podnet-wireguard` | the WireGuard backend | wireguard-control, which is **LGPL-2.1-or-later** |
 //!
 //! # What it never does
 //!
-//! It does not panic, exit, read environment variables, install signal handlers, keep global state, spawn programs or
-//! hold a queue without bound. What others put into the kernel is never changed. Dropping everything leaves the network up.
+//! It does not panic, exit, read environment variables, install signal handlers, keep global state or hold a queue without bound.
+//! It spawns no program but those that you name (iptables', wireguard-go), and touches no file but the store's or key's that you
+//! name, and `/proc/sys`. What others put into the kernel is never changed. Dropping everything leaves the network up.
 
 pub mod admission;
 pub mod backend;

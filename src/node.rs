@@ -237,7 +237,8 @@ impl NodeBuilder {
     }
 
     /// Sets where the firewall rules go: nftables, iptables, or by a rule which of them. What an earlier run left in the other
-    /// one is removed once they stand.
+    /// one is removed once they stand; with plain [`FirewallChoice::Nftables`], which runs no program, what is left in iptables is a
+    /// warning.
     pub fn firewall(mut self, choice: FirewallChoice) -> Self {
         self.firewall = choice;
         self
@@ -313,8 +314,8 @@ impl NodeBuilder {
     /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
     /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
     /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
-    /// configuration, or flannel, left are taken away at once, without waiting for the leases. Once this node has its lease, a
-    /// rule of the packet filter, whatever the masquerade policy, drops what goes to pods of other nodes by any device but the
+    /// configuration, or flannel, left are taken away at once, without waiting for the leases. Once this node is programmed for
+    /// the first time, a rule of the packet filter, whatever the masquerade policy, drops what goes to pods of other nodes by any device but the
     /// backend's ([`Hook::Seal`](crate::masquerade::Hook::Seal)). So neither flushed routes nor flushed rules let anything out; only
     /// both in the same moment do, until they are repaired. Both stay with [`Shutdown::Keep`](crate::Shutdown::Keep) and when
     /// the process is killed.
@@ -331,8 +332,8 @@ impl NodeBuilder {
         self
     }
 
-    /// How long before its end this node's lease is renewed: up to a day, and at least 1 s. Of a lease that does not last longer than
-    /// that, a third. An outage of the store that is shorter than this costs no lease. Leases without end are not renewed.
+    /// How long before its end this node's lease is renewed: up to a day, and at least 1 s; of a lease of which that is more than
+    /// two thirds, a third. An outage of the store that is shorter than this costs no lease. Leases without end are not renewed.
     pub fn renew_margin(mut self, margin: Duration) -> Self {
         self.renew_margin = margin;
         self

@@ -44,7 +44,7 @@ pub trait Overlay: Debug + Send + Sync + 'static {
     async fn lease(&self) -> Result<Lease, Error>;
 
     /// Every other node that holds a lease, by name, and how it is reached or why not; with WireGuard also when a session was last
-    /// agreed on. Empty until leases are known.
+    /// agreed on, where that can be read within 2 s. Empty until leases are known.
     async fn peers(&self) -> Result<Vec<PeerStatus>, Error>;
 
     /// What would be changed now, against a new look at the kernel. Touches nothing.

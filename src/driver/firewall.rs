@@ -11,10 +11,12 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use tokio::sync::OnceCell;
 
+use self::step::RulesetStep;
+use super::iptables::saved::place;
 use super::iptables::{IptablesDriver, IptablesPrograms, Variant};
 use super::nftables::{Look, NftablesDriver};
 use super::{ChangeStream, Driver, DriverError, NetworkNamespace, Observed, Scope, UnitResult};
-use crate::masquerade::Ruleset;
+use crate::masquerade::{Hook, Ruleset};
 use crate::plan::{Conflict, Domain, Key, Object, Owner, Step, Unit, UnitPlan};
 use crate::types::Family;
 
@@ -188,7 +190,7 @@ impl FirewallDriver {
                 |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
             Ok(read("ip_tables_names") + &read("ip6_tables_names"))
         };
-        let ours = |names: String| names.lines().any(|name| matches!(name, "filter" | "nat"));
+        let ours = |names: String| names.lines().any(|name| Hook::ALL.iter().any(|hook| place(*hook).table == name));
         !self.legacy_clean.load(Ordering::Relaxed) && self.namespace.run(tables).is_ok_and(ours)
     }
 
@@ -337,12 +339,7 @@ impl FirewallDriver {
             return Err(error);
         }
         let Key::Ruleset(family) = step.key() else { return Ok(()) };
-        let adopt = match step {
-            Step::Replace { from: Object::Ruleset(from), .. }
-            | Step::Remake { from: Object::Ruleset(from), .. }
-            | Step::Delete(Object::Ruleset(from)) => from.takes_flannel_away(),
-            _ => false,
-        };
+        let RulesetStep { adopt, .. } = RulesetStep::read(&step.to_string(), step, |_| true, "")?;
         self.clean(drivers, family, adopt).await
     }
 }

@@ -135,7 +135,7 @@ pub trait Driver: Debug + Send + Sync + 'static {
     async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError>;
 
     /// What tunnels of this domain tell of their peers now, one for each subnet; none where there is nothing to tell. Asked for
-    /// when somebody asks for the peers, beside everything else that the driver does. Cancel safe.
+    /// when somebody asks for the peers, also while `apply` is at work, and given up after 2 s. Cancel safe.
     async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
         Ok(Vec::new())
     }

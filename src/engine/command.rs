@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -18,6 +19,8 @@ use crate::status::{PeerState, PeerStatus, Report, RouteInForce, Status};
 
 /// The peers, and whom to ask how their tunnels are: that takes its time, which is not the engine's.
 type Asked = (Vec<PeerStatus>, Vec<Arc<dyn Driver>>);
+/// How long it may take.
+const SESSIONS: Duration = Duration::from_secs(2);
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
 #[derive(Debug)]
@@ -90,10 +93,13 @@ impl Overlay for Handle {
         let (mut peers, drivers) = self.ask(Command::Peers).await?;
         let mut sessions = BTreeMap::new();
         for driver in drivers {
-            match driver.sessions().await {
-                Ok(found) => sessions.extend(found.into_iter().map(|session| (session.subnet, session))),
-                // How it works is in the status; who asks for the peers gets what is known of them.
-                Err(error) => tracing::debug!(%error, domain = %driver.domain(), "how the tunnels are is not known"),
+            // How it works is in the status; who asks for the peers gets what is known of them, and soon.
+            match tokio::time::timeout(SESSIONS, driver.sessions()).await {
+                Ok(Ok(found)) => sessions.extend(found.into_iter().map(|session| (session.subnet, session))),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, domain = %driver.domain(), "how the tunnels are is not known")
+                }
+                Err(_) => tracing::debug!(domain = %driver.domain(), "how the tunnels are was not told in time"),
             }
         }
         for of in peers.iter_mut().flat_map(|peer| &mut peer.families) {

@@ -11,7 +11,7 @@ use crate::admission::{Policy, Refusal, Reserved, judge_own};
 use crate::backend::{Backend, BackendError, Device, Maker, NodeView, OfferContext, Underlay};
 use crate::driver::{HostRoute, HostView, Scope};
 use crate::lease::{BackendData, Endpoint, Lease, Offer};
-use crate::masquerade::MasqueradePolicy;
+use crate::masquerade::{MasqueradePolicy, Seal};
 use crate::node::HostSetting;
 use crate::plan::{Conflict, Key, Link, NextHop, Object, Picture, Route, Step, Sysctl, SysctlName, Unit, UnitPlan};
 use crate::types::{DeviceName, Family, Mtu, Stack};
@@ -446,7 +446,8 @@ pub(super) fn node_units(settings: &Settings, masquerade: &MasqueradePolicy, vie
             Unit::Devices(family),
             deaf.map(|device| sysctl(SysctlName::accept_ra(&device.name), "0")).collect(),
         ));
-        let sealed = if settings.require_encryption { encrypting(settings, family) } else { Vec::new() };
+        let devices = if settings.require_encryption { encrypting(settings, family) } else { Vec::new() };
+        let sealed = Seal { devices, others: view.policy.reserved.iter().map(|r| r.network).collect() };
         let own = of(&view.networks, family).zip(of(&view.subnets, family));
         let rules = own.and_then(|(network, subnet)| masquerade.ruleset(network, subnet, &sealed));
         units.push((Unit::Firewall(family), rules.map(Object::Ruleset).into_iter().collect()));

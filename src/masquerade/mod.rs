@@ -13,3 +13,4 @@ mod tests;
 
 pub use policy::{Mark, MasqueradePolicy};
 pub use ruleset::{Chain, Hook, Match, Rule, Ruleset, Verdict};
+pub(crate) use seal::Seal;

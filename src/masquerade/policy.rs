@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::network::{canonical, merged, network_of};
 use super::ruleset::{Chain, Hook, Match, Rule, Ruleset, Verdict};
-use super::seal::seal;
-use crate::types::{DeviceName, Family};
+use super::seal::{Seal, seal};
+use crate::types::Family;
 
 /// Some bits of a packet's mark (`SO_MARK`, `meta mark`): a packet has it when `mark & mask == value`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -119,22 +119,22 @@ impl MasqueradePolicy {
 
     /// The rules for IPv4; `None` if there are none. Host bits of both networks are ignored.
     pub fn ruleset_v4(&self, network: Ipv4Network, subnet: Ipv4Network) -> Option<Ruleset> {
-        self.ruleset(network.into(), subnet.into(), &[])
+        self.ruleset(network.into(), subnet.into(), &Seal::default())
     }
 
     /// The rules for IPv6; `None` if there are none. Host bits of both networks are ignored.
     pub fn ruleset_v6(&self, network: Ipv6Network, subnet: Ipv6Network) -> Option<Ruleset> {
-        self.ruleset(network.into(), subnet.into(), &[])
+        self.ruleset(network.into(), subnet.into(), &Seal::default())
     }
 
-    /// The rules for the family of both networks. With `sealed`, nothing goes to pods of other nodes but by one of those devices.
-    pub(crate) fn ruleset(&self, network: IpNetwork, subnet: IpNetwork, sealed: &[DeviceName]) -> Option<Ruleset> {
+    /// The rules for the family of both networks. With devices in `sealed`, nothing goes to pods of other nodes but by one of those.
+    pub(crate) fn ruleset(&self, network: IpNetwork, subnet: IpNetwork, sealed: &Seal) -> Option<Ruleset> {
         let (network, subnet) = (canonical(network), canonical(subnet));
         let mut chains = Vec::new();
         if self.forward_accept {
             chains.push(forward(network));
         }
-        if !sealed.is_empty() {
+        if !sealed.devices.is_empty() {
             chains.push(seal(network, subnet, sealed));
         }
         if self.masquerade {

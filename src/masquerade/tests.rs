@@ -37,20 +37,23 @@ fn the_rules_are_flannels_in_meaning_and_order() {
 #[test]
 fn where_encryption_is_required_nothing_goes_to_other_nodes_but_by_a_device_that_encrypts() {
     let (network, subnet) = ("10.42.0.0/16".parse().unwrap(), "10.42.3.0/24".parse().unwrap());
-    let devices = ["flannel-wg", "other0"].map(|name| name.parse().unwrap());
+    let others = ["10.42.9.64/26", "10.42.9.0/26", "192.168.0.0/16", "10.0.0.0/8", "2001:db8::/32"];
+    let devices = ["flannel-wg", "other0"].map(|name| name.parse().unwrap()).to_vec();
+    let sealed = Seal { devices, others: others.map(|other| other.parse().unwrap()).to_vec() };
     let expected = r#"table ip podnet {
 	comment "podnet: pod network masquerade and forwarding"
 	chain seal {
 		type filter hook postrouting priority filter; policy accept;
 		ip daddr 10.42.3.0/24 return comment "podnet: to this node's pods"
+		ip daddr 10.42.9.0/25 return comment "podnet: no pods are there"
 		oifname "flannel-wg" return comment "podnet: encrypted"
 		oifname "other0" return comment "podnet: encrypted"
 		ip daddr 10.42.0.0/16 drop comment "podnet: encryption is required"
 	}
 }
 "#;
-    assert_eq!(MasqueradePolicy::off().ruleset(network, subnet, &devices).unwrap().to_string(), expected);
-    let whole = MasqueradePolicy::default().ruleset(network, subnet, &devices).unwrap();
+    assert_eq!(MasqueradePolicy::off().ruleset(network, subnet, &sealed).unwrap().to_string(), expected);
+    let whole = MasqueradePolicy::default().ruleset(network, subnet, &sealed).unwrap();
     assert_eq!(whole.chains().iter().map(|c| c.hook).collect::<Vec<_>>(), Hook::ALL);
 }
 

@@ -158,6 +158,18 @@ async fn invariant_10_a_rule_drops_what_leaves_by_another_device_whatever_the_po
 }
 
 #[tokio::test(start_paused = true)]
+async fn with_encryption_required_a_network_of_the_hosts_own_inside_the_cluster_network_is_left_alone() {
+    let (kernel, subnets) = (host(), store());
+    kernel.link_add(&dev("virbr0"), "bridge", 1500).unwrap();
+    kernel.addr_add(&dev("virbr0"), "10.42.77.1/24".parse().unwrap()).unwrap();
+    kernel.link_up(&dev("virbr0")).unwrap();
+    let _running = running(&kernel, &subnets).await;
+    let rules = kernel.dump();
+    let own = rules.find("ip daddr 10.42.77.0/24 return").expect("what goes there passes");
+    assert!(own < rules.find("ip daddr 10.42.0.0/16 drop").unwrap(), "{rules}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_peer_that_offers_no_encryption_is_unreachable_and_named() {
     let (kernel, subnets) = (host(), store());
     let running = running(&kernel, &subnets).await;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use podnet::config::NetworkConfig;
-use podnet::driver::{DriverError, Errno};
+use podnet::driver::{ChangeStream, Driver, DriverError, Errno, Observed, PeerSession, Scope, UnitResult};
 use podnet::lease::{BackendData, LeaseEvent, Offer};
-use podnet::plan::{Domain, Key};
+use podnet::plan::{Domain, Key, UnitPlan};
 use podnet::status::{ConditionKind, ConditionState, PeerState, Phase, Status};
 use podnet::subnet::memory::{Call, MemorySubnets};
 use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
@@ -369,4 +369,40 @@ async fn an_event_that_names_the_own_node_changes_nothing() {
     let snapshot = stream.next().await.unwrap().unwrap();
     assert!(matches!(snapshot, LeaseEvent::Snapshot(leases) if leases.len() == 1));
     assert_eq!(running.overlay.peers().await.unwrap().len(), 0, "the own lease is no peer");
+}
+
+/// The fake's netlink driver, whose tunnels never tell how they are.
+#[derive(Debug)]
+struct Wedged<D>(D);
+
+#[async_trait::async_trait]
+impl<D: Driver> Driver for Wedged<D> {
+    fn domain(&self) -> Domain {
+        self.0.domain()
+    }
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+        self.0.observe(scope).await
+    }
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+        self.0.apply(units).await
+    }
+    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
+        self.0.changes(scope).await
+    }
+    async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_are_told_also_where_a_tunnel_does_not_answer() {
+    let (kernel, subnets) = (host(), store());
+    subnets.faults().inject(peer(1));
+    let node = Node::builder("me", subnets).backend(Vxlan::new()).driver(Wedged(kernel.netlink()));
+    let running = spawn(node.driver(kernel.sysctl()).driver(kernel.firewall())).await;
+    running.until(|s| s.peers.connected == 1).await;
+    let begun = tokio::time::Instant::now();
+    let peers = running.overlay.peers().await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!((peers.len(), &peers[0].families[0].session), (1, &None));
 }

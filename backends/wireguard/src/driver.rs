@@ -88,17 +88,20 @@ impl WireGuardDriver {
         WireGuardDriver { namespace, devices, memory: Arc::default() }
     }
 
-    /// Works on a thread that may block, in the network namespace.
+    /// Works on a thread that may block, in the network namespace; one such work after the other.
     async fn inside<T: Send + 'static>(&self, work: Inside<T>) -> Result<T, DriverError> {
-        let (namespace, devices, memory) =
-            (self.namespace.clone(), Arc::clone(&self.devices), Arc::clone(&self.memory));
+        let memory = Arc::clone(&self.memory);
+        self.beside(move |devices| work(devices, &mut memory.lock().unwrap_or_else(PoisonError::into_inner))).await
+    }
+
+    /// The same, whatever else is at work.
+    async fn beside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn WireGuardDevices) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let (namespace, devices) = (self.namespace.clone(), Arc::clone(&self.devices));
         let broken = |reason: String| DriverError::Io { attempted: "work on WireGuard devices".to_owned(), reason };
-        let blocking = tokio::task::spawn_blocking(move || {
-            namespace.run(move || {
-                let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
-                Ok(work(&*devices, &mut memory))
-            })
-        });
+        let blocking = tokio::task::spawn_blocking(move || namespace.run(move || Ok(work(&*devices))));
         blocking.await.map_err(|e| broken(e.to_string()))?.map_err(|e| broken(e.to_string()))?
     }
 }
@@ -129,15 +132,21 @@ impl Driver for WireGuardDriver {
     }
 
     async fn sessions(&self) -> Result<Vec<PeerSession>, DriverError> {
-        self.inside(Box::new(|devices, _| {
+        self.beside(|devices| {
             let mut sessions = Vec::new();
+            let mut failed = None;
             for link in devices.list()?.iter().filter(|link| link.is_ours()) {
                 let Ok(device) = link.name.parse::<DeviceName>() else { continue };
-                let state = devices.read(link)?;
-                sessions.extend(state.peers.iter().flat_map(|(key, peer)| session::of(&device, *key, peer)));
+                match devices.read(link) {
+                    Ok(state) => {
+                        sessions.extend(state.peers.iter().flat_map(|(key, peer)| session::of(&device, *key, peer)));
+                    }
+                    // The other device may be well.
+                    Err(error) => failed = Some(error),
+                }
             }
-            Ok(sessions)
-        }))
+            failed.filter(|_| sessions.is_empty()).map_or(Ok(sessions), Err)
+        })
         .await
     }
 }

@@ -68,7 +68,7 @@ impl Userspace {
 /// | listen port of `flannel-wg-v6` | 51821 | 1 to 65 535 | `ListenPortV6` |
 /// | pre-shared key | none | 32 bytes, base64 | `PSK` |
 /// | persistent keepalive | off | 0 (off) to 65 535 s | `PersistentKeepaliveInterval` |
-/// | MTU of the underlay | that of the underlay's device | 118 to 65 535 bytes | `MTU` |
+/// | MTU of the underlay | that of the underlay's device | 68 to 65 535 bytes; less than 148 (IPv6: 1360) leaves pods too little, which the status says | `MTU` |
 /// | exact MTU | off | | none |
 /// | user space | forbidden | | none |
 /// | device names | `flannel-wg`, `flannel-wg-v6` | | none |
@@ -177,7 +177,7 @@ impl WireGuard {
             options.keepalive = keepalive.and_then(|seconds| u16::try_from(seconds).ok()).unwrap_or(0);
             let mtu = fields.integer("MTU", 0..=65_535).filter(|mtu| *mtu != 0);
             match mtu.map(|mtu| u32::try_from(mtu).ok().and_then(|mtu| Mtu::new(mtu).ok())) {
-                Some(None) => fields.refuse("MTU", "118 to 65535 bytes, 0 for that of the underlay"),
+                Some(None) => fields.refuse("MTU", "68 to 65535 bytes, 0 for that of the underlay"),
                 Some(mtu) => options.mtu = mtu,
                 None => {}
             }

@@ -58,13 +58,18 @@ impl System {
             });
         }
         program::run(path, arguments, name.as_str())?;
-        wait(PATIENCE, || uapi::is_served(name.as_str())).then_some(()).ok_or_else(|| DriverError::Io {
-            attempted: attempted(),
-            reason: format!(
-                "{} ended well, but nobody answers at {}",
-                path.display(),
-                uapi::socket(name.as_str()).display()
-            ),
+        if !wait(PATIENCE, || uapi::is_served(name.as_str())) {
+            let socket = uapi::socket(name.as_str());
+            return Err(DriverError::Io {
+                attempted: attempted(),
+                reason: format!("{} ended well, but nobody answers at {}", path.display(), socket.display()),
+            });
+        }
+        // One that cannot do what is needed must not stay: it would stand in the way of one that can.
+        uapi::read(name.as_str(), None).map(drop).inspect_err(|_| {
+            let made = Links::open()
+                .and_then(|mut links| links.named(name.as_str())?.map_or(Ok(()), |made| links.delete(&made)));
+            tracing::debug!(device = %name, ?made, "taken away again");
         })
     }
 }

@@ -79,7 +79,9 @@ pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, Driv
         io::ErrorKind::Unsupported => DriverError::Program {
             attempted,
             said: e.to_string(),
-            advice: "use wireguard-go, or a kernel with WireGuard".to_owned(),
+            advice: format!(
+                "use wireguard-go, or a kernel with WireGuard, once that one is gone (`ip link delete {name}`)"
+            ),
             retry: false,
         },
         _ => io_error(&attempted, &e, ""),

@@ -313,7 +313,8 @@ async fn repaired(
     if let Some((wire, _chatter)) = repair.listening {
         let heard = wire.heard();
         text.push_str(&format!("; {}", heard.summary()));
-        works &= heard.is_unreadable();
+        // Where nothing was heard, nothing is shown.
+        works &= heard.is_unreadable() && (cluster.other().is_none() || heard.heard_something());
         leaked.extend(heard.told());
     }
     Ok(Seen::new(works, text).details(leaked).figures(json!({ "repaired_ms": took_ms })))

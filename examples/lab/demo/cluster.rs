@@ -41,6 +41,9 @@ pub struct DemoSpec {
     pub throughput: Duration,
     /// How long traffic runs before the restart, and again after it.
     pub restart_margin: Duration,
+    /// A pause of TCP of that length is a stall. By default its shortest retransmission timeout: a connection that lost nothing has none so
+    /// long, but on a machine that is slower than that.
+    pub stall: Duration,
 }
 
 impl DemoSpec {
@@ -61,6 +64,7 @@ impl Default for DemoSpec {
             masquerade: Masquerade::Nftables,
             throughput: Duration::from_secs(1),
             restart_margin: Duration::from_millis(700),
+            stall: Duration::from_millis(200),
         }
     }
 }

@@ -21,8 +21,6 @@ const STREAM: u64 = 25_000_000;
 const SLOW: (u64, u64) = (500_000, 10);
 /// How long after podnet is ready again packets may still be lost, where its own process carries them.
 const RECOVERED: Duration = Duration::from_secs(1);
-/// The shortest retransmission timeout of TCP: a connection that lost nothing has no pause of that length.
-const STALL: Duration = Duration::from_millis(200);
 
 /// Restarts podnet on the first node.
 pub async fn all(cluster: &mut Cluster, stage: &mut Stage<'_>) {
@@ -69,7 +67,7 @@ async fn restart(cluster: &mut Cluster, how: Ending) -> Result<Seen, DemoError> 
     let sum = |of: fn(&PingReport) -> u64| pings.iter().map(of).sum::<u64>();
     let (sent, lost) = (sum(|report| report.sent), sum(|report| report.lost));
     let longest_stall_us = streams.iter().map(|stream| stream.longest_stall_us).max().unwrap_or_default();
-    let stalled = longest_stall_us >= u64::try_from(STALL.as_micros()).unwrap_or(u64::MAX);
+    let stalled = longest_stall_us >= u64::try_from(cluster.spec().stall.as_micros()).unwrap_or(u64::MAX);
     let broken = streams.iter().find_map(|stream| stream.broken.as_deref());
     let longest_gap_us = pings.iter().map(|report| report.longest_gap_us).max().unwrap_or_default();
     let as_promised = match lossless {

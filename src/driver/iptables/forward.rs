@@ -20,7 +20,7 @@ use crate::masquerade::network::bits;
 use crate::types::Family;
 
 /// Targets after which a packet goes on to the next rule.
-const GO_ON: [&str; 20] = [
+pub(super) const GO_ON: [&str; 20] = [
     "AUDIT",
     "CHECKSUM",
     "CLASSIFY",

@@ -404,6 +404,10 @@ fn failed(attempted: &str, program: &Path, ended: &Ended) -> DriverError {
         };
     }
     let (advice, retry) = match ended.code {
+        Some(_) if said.contains("unable to initialize table") => (
+            "the kernel lacks that table: load its module (iptable_mangle for the one that encryption needs), or use nftables",
+            true,
+        ),
         Some(4) if said.contains("lock") => ("another program holds the lock of iptables: it is tried again", true),
         // PARAMETER_PROBLEM
         Some(2) => ("this iptables does not know what was asked of it: iptables 1.8 or newer is needed", false),

@@ -7,7 +7,7 @@
 
 use super::line::{comment, words};
 use super::rules;
-use super::saved::{Place, Saved, SavedRule, ends_the_chain, place};
+use super::saved::{Place, Saved, SavedRule, ends_the_chain, goes_on, place};
 use crate::masquerade::{Chain, Hook, Ruleset};
 use crate::plan::{Conflict, Key, Owner};
 use crate::types::Family;
@@ -55,6 +55,8 @@ pub(super) enum Way {
 pub(super) fn way(saved: &Saved, hook: Hook) -> Way {
     let base = place(hook).base;
     let leading: Vec<&SavedRule> = saved.leading_to_ours(hook).collect();
+    // An accept of ours leaves the first word to network policies; what drops must have it.
+    let first = hook == Hook::Seal;
     let mut before_the_end = 0;
     let mut end = None;
     let mut right = 0;
@@ -64,7 +66,8 @@ pub(super) fn way(saved: &Saved, hook: Hook) -> Way {
             right += usize::from(end.is_none() && rule.words == jump);
         } else if end.is_none() {
             before_the_end += 1;
-            end = ends_the_chain(rule).then_some(before_the_end);
+            let past_ours = if first { !goes_on(rule) } else { ends_the_chain(rule) };
+            end = past_ours.then_some(before_the_end);
         }
     }
     if right == 1 && leading.len() == 1 {
@@ -72,10 +75,12 @@ pub(super) fn way(saved: &Saved, hook: Hook) -> Way {
     }
     let why = match leading.len() {
         0 => "nothing leads there",
+        1 if first => "the rule that leads there is not ours, or stands behind one that may let packets past it",
         1 => "the rule that leads there is not ours, or stands behind one that lets no packet past",
         _ => "several rules lead there",
     };
-    Way::Wrong { why, remove: leading.into_iter().cloned().collect(), at: end }
+    let at = if first { Some(1) } else { end };
+    Way::Wrong { why, remove: leading.into_iter().cloned().collect(), at }
 }
 
 /// What of ours, or to be taken over, a family has.
@@ -86,7 +91,9 @@ pub(super) struct Found {
 }
 
 pub(super) fn find(family: Family, saved: &Saved, adopt: bool) -> Found {
-    if let Some(table) = saved.unreadable.first() {
+    // What nobody wrote into is not ours to read: whoever seals finds it when writing.
+    let needed = |table: &&&str| **table != place(Hook::Seal).table;
+    if let Some(table) = saved.unreadable.iter().find(needed) {
         return Found { rules: None, conflict: Some(unreadable(family, table)) };
     }
     let mut chains = Vec::new();
@@ -148,7 +155,7 @@ pub(super) fn flannels(family: Family, hook: Hook) -> Conflict {
     }
 }
 
-fn unreadable(family: Family, table: &str) -> Conflict {
+pub(super) fn unreadable(family: Family, table: &str) -> Conflict {
     let word = if family == Family::V4 { "ip" } else { "ip6" };
     Conflict {
         object: Key::Ruleset(family),

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use super::forward::GO_ON;
 use super::line::{Target, target, words};
 use crate::masquerade::Hook;
 
@@ -181,6 +182,12 @@ impl Saved {
             .flat_map(|table| &table.rules)
             .filter(move |rule| target(&rule.words).is_some_and(|t| t.name() == ours))
     }
+}
+
+/// Whether every packet goes on to the next rule, whatever fits.
+pub(super) fn goes_on(rule: &SavedRule) -> bool {
+    matches!(target(&rule.words), None | Some(Target::Jump(_)))
+        && target(&rule.words).is_none_or(|to| GO_ON.contains(&to.name()))
 }
 
 /// Whether no packet gets past the rule: it has no condition, and a verdict.

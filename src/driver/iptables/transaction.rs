@@ -26,8 +26,15 @@ pub(super) fn input(
     adopt: bool,
 ) -> Result<String, Box<Conflict>> {
     let mut out = String::new();
-    for hook in Hook::ALL {
+    // The seal last: a kernel may lack its table, and what the others hold is then in place.
+    for hook in [Hook::Forward, Hook::Postrouting, Hook::Seal] {
         let wanted = wish.and_then(|rules| rules.chains().iter().find(|chain| chain.hook == hook));
+        if let Some(table) = saved.unreadable.iter().find(|table| **table == place(hook).table) {
+            match wanted {
+                Some(_) => return Err(Box::new(ours::unreadable(family, table))),
+                None => continue,
+            }
+        }
         match whose(saved, hook) {
             Whose::Others => return Err(Box::new(ours::others(family, hook))),
             Whose::Flannels if !adopt && wanted.is_some() => return Err(Box::new(ours::flannels(family, hook))),

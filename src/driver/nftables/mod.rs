@@ -407,15 +407,24 @@ fn flannel_iptables(chains: &[ChainSeen], family: Family) -> Vec<Conflict> {
     chains
         .iter()
         .filter(left)
-        .map(|chain| Conflict {
-            object: Key::Ruleset(family),
-            with: format!("flannel's, or podnet's own, chain {} of {iptables}, table {}", chain.name, chain.table),
-            advice: format!(
-                "its rules work beside podnet's: once flannel is gone, delete the rule that jumps to it, then \
-                 `{iptables} -t {table} -F {name}` and `-X {name}`",
-                table = chain.table,
-                name = chain.name
-            ),
+        .map(|chain| {
+            let (whose, why) = if chain.name == place(Hook::Seal).chain {
+                (
+                    "podnet's own",
+                    "it drops pod packets that leave by another device than the one that encrypted: if that is over",
+                )
+            } else {
+                ("flannel's, or podnet's own,", "its rules work beside podnet's: once flannel is gone")
+            };
+            Conflict {
+                object: Key::Ruleset(family),
+                with: format!("{whose} chain {} of {iptables}, table {}", chain.name, chain.table),
+                advice: format!(
+                    "{why}, delete the rule that jumps to it, then `{iptables} -t {table} -F {name}` and `-X {name}`",
+                    table = chain.table,
+                    name = chain.name
+                ),
+            }
         })
         .collect()
 }

@@ -107,8 +107,8 @@ impl EtcdOptions {
         self
     }
 
-    /// How long a lease lasts unless it is renewed: whole seconds, 10 at least; 24 hours unless said, as flannel's. The engine renews
-    /// it an hour before, or when a third is left. etcd may make a very short one longer.
+    /// How long a lease lasts unless it is renewed: whole seconds, 10 at least; 24 hours unless said, as flannel's. When it
+    /// is renewed, [`NodeBuilder::renew_margin`](crate::NodeBuilder::renew_margin) says. etcd may make a very short one longer.
     pub fn term(mut self, term: Duration) -> Self {
         self.term = term;
         self

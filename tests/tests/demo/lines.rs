@@ -14,6 +14,7 @@ use podnet_lab::demo::{
     restart,
 };
 use podnet_lab::{Families, Family, Stack, Underlay, wait_until};
+use podnet_tests::real::slower;
 use rustix::fs::fstat;
 use tokio::sync::Semaphore;
 
@@ -38,7 +39,9 @@ impl Audience for Listener {
 
 pub fn spec(nodes: usize, backend: DemoBackend, families: Families, underlay: Underlay) -> DemoSpec {
     let (throughput, restart_margin) = (Duration::from_millis(200), Duration::from_millis(300));
-    DemoSpec { nodes, backend, underlay, families, throughput, restart_margin, ..DemoSpec::default() }
+    let usual = DemoSpec::default();
+    let stall = slower(usual.stall);
+    DemoSpec { nodes, backend, underlay, families, throughput, restart_margin, stall, ..usual }
 }
 
 pub async fn whole_demo(spec: DemoSpec) -> Vec<Finding> {

@@ -174,6 +174,10 @@ impl Heard {
         self.readable.is_empty()
     }
 
+    pub(crate) fn heard_something(&self) -> bool {
+        self.sealed > 0
+    }
+
     pub(crate) fn summary(&self) -> String {
         match self.readable.len() {
             0 => format!("none of {} packets can be read", self.sealed),

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::masquerade::network::{canonical, network_of};
-use crate::masquerade::{Chain, Hook, Match, Rule, Verdict};
+use crate::masquerade::{Chain, Hook, Match, Rule, Seal, Verdict};
 
 fn network(family: Family) -> impl Strategy<Value = IpNetwork> {
     (any::<u128>(), 1u8..=128).prop_map(move |(bits, prefix)| canonical(network_of(family, bits, prefix)))
@@ -42,7 +42,8 @@ fn rule(family: Family) -> impl Strategy<Value = Rule> {
 /// As iptables would print it: chains, our rules, and what leads there.
 fn printed(rules: &Ruleset) -> String {
     let nothing = Saved::default();
-    transaction::input(rules.family, &nothing, Some(rules), false).unwrap()
+    let input = transaction::input(rules.family, &nothing, Some(rules), false).unwrap();
+    input.replace("-I POSTROUTING 1 ", "-A POSTROUTING ")
 }
 
 fn parsed(text: &str) -> Saved {
@@ -157,4 +158,44 @@ fn rules_of_others_cost_no_memory() {
     saved.line("COMMIT");
     let table = saved.table(Hook::Postrouting).unwrap();
     assert_eq!(table.rules.len(), 1);
+}
+
+/// Rules of a node on which encryption is required.
+fn sealed() -> Ruleset {
+    let seal = Seal { devices: vec!["flannel-wg".parse().unwrap()], ..Seal::default() };
+    let (network, subnet) = (NET_V4.parse().unwrap(), "10.42.3.0/24".parse().unwrap());
+    MasqueradePolicy::default().ruleset(network, subnet, &seal).unwrap()
+}
+
+#[test]
+fn the_seal_stands_before_whatever_could_let_a_packet_past_it_and_is_put_back_there() {
+    let rules = sealed();
+    let jump = "-A POSTROUTING -m comment --comment \"podnet: no pod traffic in plain text\" -j PODNET-SEAL";
+    for (before, fine) in [
+        ("", true),
+        ("-A POSTROUTING -o eth0 -j MARK --set-xmark 0x1/0x1\n", true),
+        ("-A POSTROUTING -o eth0 -j ACCEPT\n", false),
+        ("-A POSTROUTING -m mark --mark 0x1 -j SOMEBODYS\n", false),
+        ("-A POSTROUTING -g SOMEBODYS\n", false),
+    ] {
+        let text = printed(&rules).replace(jump, &format!("{before}{jump}"));
+        let saved = parsed(&text).finish().unwrap();
+        let (found, _) = ours::find(Family::V4, &saved, false).rules.unwrap();
+        assert_eq!(found == rules, fine, "{before}{found}");
+        let input = transaction::input(Family::V4, &saved, Some(&rules), false).unwrap();
+        assert_eq!(input.contains("-I POSTROUTING 1 "), !fine, "{before}{input}");
+    }
+}
+
+#[test]
+fn a_table_mangle_that_cannot_be_read_holds_up_nobody_but_who_must_seal() {
+    let text = "# Table `mangle' is incompatible, use 'nft' tool.\n*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n";
+    let saved = parsed(text).finish().unwrap();
+    assert_eq!(ours::find(Family::V4, &saved, false).conflict, None);
+    let plain = ruleset(Family::V4, &MasqueradePolicy::default());
+    for wish in [None, Some(&plain)] {
+        assert!(!transaction::input(Family::V4, &saved, wish, false).unwrap().contains("mangle"));
+    }
+    let conflict = transaction::input(Family::V4, &saved, Some(&sealed()), false).unwrap_err();
+    assert!(conflict.with.contains("the table mangle of iptables"), "{conflict}");
 }

@@ -17,6 +17,7 @@ use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::*;
 use crate::driver::sysctl::SysctlDriver;
+use crate::masquerade::Seal;
 use crate::plan::{Sysctl, SysctlName};
 
 pub(in crate::driver) const PORT: u16 = 4000;
@@ -223,7 +224,9 @@ pub(in crate::driver) async fn nothing_gets_past_the_seal(
     };
     let by = |device: &str| {
         let (network, subnet) = (NET_V4.parse().unwrap(), "10.42.3.0/24".parse().unwrap());
-        MasqueradePolicy::default().ruleset(network, subnet, &[device.parse().unwrap()]).unwrap()
+        MasqueradePolicy::default()
+            .ruleset(network, subnet, &Seal { devices: vec![device.parse().unwrap()], ..Seal::default() })
+            .unwrap()
     };
     let (sealed, open) = (by("wg0"), by("ens4"));
     let mut port = PORT;
