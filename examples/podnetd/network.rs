@@ -42,17 +42,30 @@ pub(crate) async fn keep_looking(
     running: &NetworkConfig,
     notice: &Notice,
 ) {
+    let mut unread = 0_u32;
     loop {
         tokio::time::sleep(about(period)).await;
-        let Ok(store) = open() else { continue };
-        match tokio::time::timeout(PATIENCE, store.network()).await {
-            Ok(Ok(now)) => notice.take(difference(running, &now)),
-            // What a restart would stumble over.
+        // What a restart would stumble over is worth a word, too.
+        let answer = match open() {
+            Ok(store) => tokio::time::timeout(PATIENCE, store.network()).await,
+            Err(problem) => {
+                notice.take(Some(format!("a podnetd that starts now cannot open its store: {problem}")));
+                continue;
+            }
+        };
+        match answer {
+            Ok(Ok(now)) => {
+                unread = 0;
+                notice.take(difference(running, &now));
+            }
             Ok(Err(SubnetError::Invalid { object, reason })) => notice.take(Some(format!(
                 "the network's configuration has changed, and a podnetd that starts now cannot take it up: {object}: {reason}"
             ))),
-            // That the store is away is told by whoever needs it.
-            _ => {}
+            // Once is nothing: a store is away for a moment now and then.
+            Ok(Err(error)) if unread > 0 => {
+                notice.take(Some(format!("a podnetd that starts now waits for the network's configuration: {error}")));
+            }
+            Ok(Err(_)) | Err(_) => unread = unread.saturating_add(1),
         }
     }
 }

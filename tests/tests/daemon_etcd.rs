@@ -679,6 +679,10 @@ async fn a_changed_network_is_told_and_taken_up_by_a_restart_alone() {
     says("a podnetd that starts now cannot take it up", 1);
     stage.keys.put(&key, &config(""), None).await;
     says("is again what this podnetd runs with", 1);
+    stage.keys.delete(&key).await;
+    says("a podnetd that starts now waits for the network's configuration", 1);
+    stage.keys.put(&key, &config(""), None).await;
+    says("is again what this podnetd runs with", 2);
     stage.keys.put(&key, &config("").replace(WIDE, "10.64.0.0/11"), None).await;
     says("has changed, from 10.64.0.0/10 to 10.64.0.0/11", 1);
     stage.keys.put(&key, &config(r#", "VNI": 5"#), None).await;
