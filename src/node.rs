@@ -332,8 +332,8 @@ impl NodeBuilder {
         self
     }
 
-    /// How long before its end this node's lease is renewed: up to a day, and at least 1 s; of a lease of which that is more than
-    /// two thirds, a third. An outage of the store that is shorter than this costs no lease. Leases without end are not renewed.
+    /// How long before its end this node's lease is renewed: up to a day, and at least 1 s; of a lease that does not last longer
+    /// than that, a third. A twentieth of its term passes in any case. An outage of the store that is shorter than this costs no lease. Leases without end are not renewed.
     pub fn renew_margin(mut self, margin: Duration) -> Self {
         self.renew_margin = margin;
         self

@@ -323,7 +323,7 @@ impl Control {
         self.expires = owned.remaining.map(|left| now.saturating_add(left));
         self.renew_at = owned.remaining.map(|left| {
             // Close to the term it would be renewed all the time.
-            let margin = if self.margin <= left / 3 * 2 { self.margin } else { left / 3 };
+            let margin = if self.margin < left { self.margin.min(left / 20 * 19) } else { left / 3 };
             // However short the term, the store is not asked in a loop.
             now.saturating_add((left - margin).max(SHORTEST_RENEWAL))
         });

@@ -27,6 +27,8 @@ const DELETE_RULE: u8 = 8;
 pub const INET: u8 = 1;
 /// See above.
 pub const IPV4: u8 = 2;
+/// See above.
+pub const IPV6: u8 = 10;
 /// `NFPROTO_BRIDGE`: what a bridge passes on, ARP too.
 pub const BRIDGE: u8 = 7;
 /// See above.

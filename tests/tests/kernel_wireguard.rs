@@ -3,7 +3,7 @@
 //!
 //! Captures are the witness here, and the one that must find nothing is shown to find something once podnet's guard is gone.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
@@ -14,8 +14,8 @@ use podnet::subnet::memory::Call;
 use podnet::types::{Family, Stack};
 use podnet_lab::cluster::{UNDERLAY_INTERFACE, gateway};
 use podnet_lab::probe::{Capture, Frame, PingOptions, PingStream, ping};
-use podnet_lab::{Host, LabSpec, Netns, Route, Underlay, wait_until};
-use podnet_tests::real::nft::{IPV4, commit, delete_table, rules};
+use podnet_lab::{Families, Host, LabSpec, Netns, Route, Underlay, wait_until};
+use podnet_tests::real::nft::{IPV4, IPV6, commit, delete_table, rules};
 use podnet_tests::real::wireguard::{Cluster, PATIENCE, skipped, wg};
 use podnet_tests::real::{self, DEVICE, connected, slower};
 use podnet_tests::{Running, spawn};
@@ -47,13 +47,16 @@ impl Drop for Chatter {
 
 /// A frame with an address of the cluster network outside: a packet of a pod that is not encrypted.
 fn is_plain(frame: &Frame) -> bool {
-    let pods = LabSpec::usual_networks(Stack::V4(()));
-    let inside = |address| matches!(address, IpAddr::V4(a) if pods.v4().is_some_and(|network| network.contains(a)));
+    let pods = LabSpec::usual_networks(Stack::Dual((), ()));
+    let inside = |address| match address {
+        IpAddr::V4(a) => pods.v4().is_some_and(|network| network.contains(a)),
+        IpAddr::V6(a) => pods.v6().is_some_and(|network| network.contains(a)),
+    };
     frame.vxlan.is_some() || frame.ip.is_some_and(|ip| inside(ip.source) || inside(ip.destination))
 }
 
 fn is_sealed(frame: &Frame) -> bool {
-    frame.udp.is_some_and(|udp| (udp.source, udp.destination) == (51_820, 51_820))
+    frame.udp.is_some_and(|udp| udp.source == udp.destination && [51_820, 51_821].contains(&udp.source))
 }
 
 async fn start_encrypted(cluster: &mut Cluster, index: usize) {
@@ -61,8 +64,8 @@ async fn start_encrypted(cluster: &mut Cluster, index: usize) {
 }
 
 /// Two nodes on which encryption is required, and that know each other.
-async fn encrypted() -> Cluster {
-    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+async fn encrypted(families: Families) -> Cluster {
+    let mut cluster = Cluster::of(2, families, |_, backend| backend).await;
     for index in 0..2 {
         start_encrypted(&mut cluster, index).await;
     }
@@ -90,7 +93,7 @@ async fn invariant_10_no_packet_of_a_pod_is_on_the_underlay_in_plain_text_whatev
     if skipped("nothing in plain text").await {
         return;
     }
-    let mut cluster = encrypted().await;
+    let mut cluster = encrypted(Stack::V4(())).await;
     cluster.assert_pods_talk().await;
     let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
     let _chatter = chatter(&cluster);
@@ -137,25 +140,29 @@ async fn invariant_10_what_flushes_the_guard_with_the_route_that_it_guards_lets_
     if skipped("flushed in one stroke").await {
         return;
     }
-    let cluster = encrypted().await;
+    let cluster = encrypted(Stack::Dual((), ())).await;
     cluster.assert_pods_talk().await;
     let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
     let _chatter = chatter(&cluster);
+    let [from, to] = [0, 1].map(|index| cluster.pod(index).ip_in(Family::V6).unwrap());
+    let _chatter_v6 = Chatter::start((cluster.pod(0).netns(), from), to);
     let host = cluster.host(0).clone();
     for _ in 0..10 {
-        // As `ip route flush proto 112` does; the default route stays, and would take what it finds.
-        let ours = of_main(&host).await.into_iter().filter(|r| u8::from(r.header.protocol) == 112);
-        let mut ours: Vec<RouteMessage> = ours.collect();
+        // As `ip route flush proto 112` and `ip -6` do; the default routes stay, and would take what they find.
+        let all = [of_main(&host).await, of_main_v6(&host).await].concat();
+        let mut ours: Vec<RouteMessage> = all.into_iter().filter(|r| u8::from(r.header.protocol) == 112).collect();
         ours.sort_by_key(|route| !is_guard(route));
-        assert!(ours.len() > 1, "the guard and the route of the network: {ours:?}");
+        assert!(ours.len() > 3, "guards and routes of the networks: {ours:?}");
         for route in ours {
             let _ = host.handle().route().del(route).execute().await;
         }
         cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+        cluster.eye(0).until_has(&["route 2001:db8:42::/56 proto 112", "BlackHole"]);
         cluster.assert_talk(0, 1).await;
         // And what flushes the rules finds the routes in place.
-        commit(cluster.netns(0), &[delete_table(IPV4, Some("podnet"))]);
-        let sealed = async || Ok(rules(cluster.netns(0), IPV4, "podnet").iter().any(|rule| rule.chain == "seal"));
+        commit(cluster.netns(0), &[delete_table(IPV4, Some("podnet")), delete_table(IPV6, Some("podnet"))]);
+        let seals = |family| rules(cluster.netns(0), family, "podnet").iter().any(|rule| rule.chain == "seal");
+        let sealed = async || Ok(seals(IPV4) && seals(IPV6));
         wait_until("the seal to be back", PATIENCE, sealed).await.unwrap();
     }
     let report = capture.report();
@@ -172,6 +179,12 @@ async fn delete_guard(host: &Host) {
     for route in of_main(host).await.into_iter().filter(is_guard) {
         host.handle().route().del(route).execute().await.unwrap();
     }
+}
+
+async fn of_main_v6(host: &Host) -> Vec<RouteMessage> {
+    let any = RouteMessageBuilder::<Ipv6Addr>::new().build();
+    let all: Vec<RouteMessage> = host.handle().route().get(any).execute().try_collect().await.unwrap();
+    all.into_iter().filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN).collect()
 }
 
 /// The IPv4 routes of the main table, in the order in which the kernel tells them.
