@@ -309,7 +309,8 @@ impl Engine {
     }
 
     /// Before anything else is known: nothing of the cluster networks may follow the default route, and what an earlier
-    /// configuration left must not carry it in plain text. No lease can want any of that, so that none is waited for.
+    /// configuration left must not carry it in plain text. No lease can want any of that, so that none is waited for. Nor does the
+    /// seal among the firewall rules need more than this node's own lease.
     async fn stand_guard(&mut self) {
         let Some(scope) = &self.scope else { return };
         if self.host.is_none() || self.unseen.contains_key(&Domain::Netlink) {
@@ -317,9 +318,14 @@ impl Engine {
         }
         let now = self.settings.clock.now();
         let stale = wish::stale(scope, &self.picture);
-        let guards: Vec<(Unit, Vec<Object>)> = Family::BOTH.map(|family| (Unit::Guard(family), Vec::new())).to_vec();
+        let rules = self.view.is_some().then_some(Unit::Firewall as fn(Family) -> Unit);
+        let guards = [Some(Unit::Guard as fn(Family) -> Unit), rules].into_iter().flatten();
+        let guards: Vec<(Unit, Vec<Object>)> =
+            guards.flat_map(|unit| Family::BOTH.map(|family| (unit(family), Vec::new()))).collect();
         let mut plan = diff_units(&self.desired, &self.picture, &guards);
         plan.units.extend(stale);
+        self.leave_blocked(&mut plan);
+        self.leave_unseen(&mut plan);
         plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
         self.apply(plan).await;
     }

@@ -158,6 +158,17 @@ async fn invariant_10_a_rule_drops_what_leaves_by_another_device_whatever_the_po
 }
 
 #[tokio::test(start_paused = true)]
+async fn invariant_10_the_rule_stands_as_soon_as_the_lease_is_held_while_no_other_lease_is_known() {
+    let (kernel, subnets) = (host(), store());
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    subnets.faults().fail_next(Call::Watch, usize::MAX, away);
+    let running = spawn(sealed(&kernel, &subnets)).await;
+    eventually("the rule", || kernel.dump().contains("ip daddr 10.42.0.0/16 drop")).await;
+    assert!(kernel.dump().contains(BLACKHOLE) && !kernel.dump().contains("flannel.7 vxlan"), "{}", kernel.dump());
+    assert!(!running.overlay.status().borrow().is_ready());
+}
+
+#[tokio::test(start_paused = true)]
 async fn with_encryption_required_a_network_of_the_hosts_own_inside_the_cluster_network_is_left_alone() {
     let (kernel, subnets) = (host(), store());
     kernel.link_add(&dev("virbr0"), "bridge", 1500).unwrap();
