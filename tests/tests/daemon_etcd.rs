@@ -228,9 +228,10 @@ const FEW: u16 = 128;
 
 /// Three nodes, and what chance does to them.
 struct Chaos {
+    /// First to go: they write into the stage's folder.
+    daemons: [Option<Daemon>; 3],
     stage: Stage,
     random: Random,
-    daemons: [Option<Daemon>; 3],
     peers: BTreeMap<u16, Peer>,
     /// So many peers are there at a time, about.
     about: u16,
