@@ -25,8 +25,8 @@ use crate::object::Psk;
 const FOLDER: &str = "/var/run/wireguard";
 /// How long a daemon may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Why a daemon of boringtun is not used (0.7): it ends in a panic when a peer that it has is to be changed, tells ages where
-/// others tell moments, and does not say which private and pre-shared keys it has.
+/// Why a daemon of boringtun is not used. Seen with 0.7.1: a change of a peer that it has is answered with a protocol error, it tells
+/// its public key in place of its private one, and a session that was just agreed on reads as one of long ago.
 const BORINGTUN: &str = "its daemon is boringtun, which cannot change a peer that it has";
 /// An answer is not longer: 100 000 peers with several subnets each.
 const LONGEST: u64 = 256 * 1024 * 1024;
