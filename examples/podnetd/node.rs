@@ -79,10 +79,10 @@ fn wireguard(options: &Options, network: Option<&NetworkConfig>, keys: Keys) -> 
         Some(network) => WireGuard::from_config(network, key)?,
         None => WireGuard::new(key),
     };
-    Ok(Box::new(match &options.wireguard_userspace {
-        Some(program) => backend.userspace(Userspace::program(program))?,
-        None => backend,
-    }))
+    let Some(program) = &options.wireguard_userspace else { return Ok(Box::new(backend)) };
+    let boringtun = program.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"boringtun"));
+    let userspace = if boringtun { Userspace::boringtun(program) } else { Userspace::program(program) };
+    Ok(Box::new(backend.userspace(userspace)?))
 }
 
 #[cfg(not(feature = "wireguard"))]

@@ -74,7 +74,7 @@ flags! {
     HOST_SETTINGS = own("host-settings", Text("set"), "WHAT", "forwarding and router advertisements under /proc/sys: set them, report where they are wrong, or ignore them");
     REQUIRE_ENCRYPTION = own("require-encryption", Bool(false), "", "pod packets never leave this node in plain text: only backends that encrypt are used");
     WIREGUARD_KEY_FILE = own("wireguard-key-file", Text("/var/lib/podnet/wireguard.key"), "FILE", "with the backend wireguard: this node's private key, made where it is missing. flannel's is /run/flannel/wgkey");
-    WIREGUARD_USERSPACE = own("wireguard-userspace", Text(""), "PROGRAM", "with the backend wireguard: a program such as /usr/bin/wireguard-go, run where the kernel has no WireGuard");
+    WIREGUARD_USERSPACE = own("wireguard-userspace", Text(""), "PROGRAM", "with the backend wireguard: /usr/bin/wireguard-go or a boringtun-cli, run where the kernel has no WireGuard");
     SOCKET = own("socket", Text("/run/podnet/podnetd.sock"), "FILE", "a unix socket, for root alone, that serves what -healthz-port serves; -show asks there. Empty for none");
 
     PLAN = own("plan", Bool(false), "", "print what these flags would change on this node, touch nothing, end; also beside a running podnetd");

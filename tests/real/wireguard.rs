@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -25,8 +25,9 @@ use super::eye::Eye;
 use super::{connected, namespace, slower, turn};
 use crate::{Running, name, spawn};
 
-/// The user-space implementation.
+/// The user-space implementation, unless this variable names boringtun.
 const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
+const BORINGTUN: &str = "PODNET_TEST_BORINGTUN";
 /// Longer than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -47,7 +48,25 @@ fn kernel_required() -> bool {
     std::env::var_os("PODNET_TEST_KERNEL_WIREGUARD").is_some()
 }
 
+/// Whether devices are boringtun's.
+pub fn is_boringtun() -> bool {
+    std::env::var_os(BORINGTUN).is_some()
+}
+
+/// What `wg` shows of a device's own key: it works it out from the private one, which boringtun keeps to itself.
+pub fn shown_own_key(key: &PublicKey) -> String {
+    if is_boringtun() { "(none)".to_owned() } else { key.to_string() }
+}
+
+fn user_space() -> (PathBuf, Userspace) {
+    match std::env::var_os(BORINGTUN).map(PathBuf::from) {
+        Some(path) => (path.clone(), Userspace::boringtun(path)),
+        None => (WIREGUARD_GO.into(), Userspace::program(WIREGUARD_GO)),
+    }
+}
+
 async fn lacking() -> Option<String> {
+    let program = user_space().0;
     if Command::new("wg").arg("--version").output().is_err() {
         return Some("there is no program wg".to_owned());
     }
@@ -61,8 +80,8 @@ async fn lacking() -> Option<String> {
     let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun").err();
     let folder = std::fs::create_dir_all("/var/run/wireguard")
         .and_then(|()| Ok(access("/var/run/wireguard", Access::WRITE_OK | Access::EXEC_OK)?));
-    let reason = if !Path::new(WIREGUARD_GO).exists() {
-        format!("{WIREGUARD_GO} is not there")
+    let reason = if !program.exists() {
+        format!("{} is not there", program.display())
     } else if let Some(error) = tun {
         format!("/dev/net/tun cannot be opened: {error}")
     } else {
@@ -107,7 +126,7 @@ impl Seat {
 fn backend(key: PrivateKey, device: &str, device_v6: &str) -> WireGuard {
     let parse = |name: &str| name.parse::<DeviceName>().expect("a device name");
     WireGuard::new(key)
-        .userspace(Userspace::program(WIREGUARD_GO))
+        .userspace(user_space().1)
         .and_then(|backend| backend.device_names(parse(device), parse(device_v6)))
         .expect("valid options")
 }
@@ -128,7 +147,7 @@ pub struct Shown {
     pub endpoint: String,
     /// Its networks, separated by commas.
     pub allowed: String,
-    /// The last handshake, in seconds since 1970; 0 for none.
+    /// The last handshake, in seconds since 1970; 0 for none, and with boringtun always.
     pub handshake: u64,
     /// Seconds, or `off`.
     pub keepalive: String,
@@ -146,7 +165,12 @@ pub fn wg(netns: &Netns, device: &str) -> (String, String, BTreeMap<String, Show
     let peers = lines.map(|fields| {
         let [key, _psk, endpoint, allowed, handshake, _, _, keepalive] =
             <[String; 8]>::try_from(fields).expect("eight fields");
-        (key, Shown { endpoint, allowed, handshake: handshake.parse().expect("a moment"), keepalive })
+        let handshake = match handshake.parse().expect("a moment") {
+            // It tells how long ago, and the same nothing for less than a second and for never.
+            _ if is_boringtun() => 0,
+            moment => moment,
+        };
+        (key, Shown { endpoint, allowed, handshake, keepalive })
     });
     (own[1].clone(), own[2].clone(), peers.collect())
 }

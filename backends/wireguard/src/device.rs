@@ -87,6 +87,18 @@ pub(crate) struct State {
     pub(crate) port: u16,
     /// The peers.
     pub(crate) peers: BTreeMap<PublicKey, PeerState>,
+    /// How these can be changed.
+    pub(crate) edits: Edits,
+}
+
+/// How a device takes a change of a peer that it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Edits {
+    /// Field by field, as the kernel and the protocol of WireGuard do.
+    #[default]
+    InPlace,
+    /// Not at all: the peer is removed and added as it shall be, and has to agree on a session anew.
+    Anew,
 }
 
 /// A peer of a device.
@@ -100,6 +112,8 @@ pub(crate) struct PeerState {
     pub(crate) psk: Psk,
     /// What belongs to it.
     pub(crate) allowed: BTreeSet<IpNetwork>,
+    /// Its list on the device has more than that: subnets that another peer has in its own as well.
+    pub(crate) disputed: bool,
     /// When a session was last agreed on.
     pub(crate) last_handshake: Option<SystemTime>,
     /// Bytes received from it.
@@ -115,6 +129,7 @@ impl Default for PeerState {
             keepalive: 0,
             psk: Psk::None,
             allowed: BTreeSet::new(),
+            disputed: false,
             last_handshake: None,
             received: 0,
             sent: 0,
@@ -139,6 +154,8 @@ pub(crate) struct PeerChange {
 /// The difference between two states of a device's peers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Changes {
+    /// Those of `set` that go first, since they cannot be changed.
+    pub(crate) again: Vec<PublicKey>,
     /// Peers that are new or changed.
     pub(crate) set: Vec<PeerChange>,
     /// Peers that go: after the others, so that what passes from one to another is never without an owner.
@@ -146,9 +163,21 @@ pub(crate) struct Changes {
 }
 
 impl Changes {
-    /// From one state to another. Endpoints are written only where `to` has another one than `from`.
+    /// From one state to another, in the way that the device of `from` can be changed.
     pub(crate) fn between(from: &State, to: &State) -> Self {
-        let mut changes = Changes::default();
+        let set = match from.edits {
+            Edits::InPlace => Self::in_place(from, to),
+            Edits::Anew => Self::anew(from, to),
+        };
+        let again = set.iter().map(|change: &PeerChange| change.public_key).filter(|key| from.peers.contains_key(key));
+        let again = if from.edits == Edits::Anew { again.collect() } else { Vec::new() };
+        let remove = from.peers.keys().filter(|key| !to.peers.contains_key(key)).copied().collect();
+        Changes { again, set, remove }
+    }
+
+    /// Endpoints are written only where `to` has another one than `from`.
+    fn in_place(from: &State, to: &State) -> Vec<PeerChange> {
+        let mut set = Vec::new();
         let owners: BTreeMap<IpNetwork, PublicKey> =
             to.peers.iter().flat_map(|(key, peer)| peer.allowed.iter().map(move |network| (*network, *key))).collect();
         for (key, wanted) in &to.peers {
@@ -171,11 +200,30 @@ impl Changes {
                 only_these: gone,
             };
             if is.is_none() || change.changes_something() {
-                changes.set.push(change);
+                set.push(change);
             }
         }
-        changes.remove = from.peers.keys().filter(|key| !to.peers.contains_key(key)).copied().collect();
-        changes
+        set
+    }
+
+    /// Whole peers. Who loses a subnet to another is one of them: such a device takes nothing from anybody.
+    fn anew(from: &State, to: &State) -> Vec<PeerChange> {
+        let configuration = |peer: &PeerState| (peer.endpoint, peer.keepalive, peer.psk, peer.allowed.clone());
+        let differs = |(key, wanted): &(&PublicKey, &PeerState)| {
+            from.peers.get(key).is_none_or(|is| is.disputed || configuration(is) != configuration(wanted))
+        };
+        let whole = |(key, wanted): (&PublicKey, &PeerState)| PeerChange {
+            public_key: *key,
+            endpoint: wanted.endpoint,
+            keepalive: Some(wanted.keepalive),
+            psk: Some(wanted.psk == Psk::Configured),
+            allowed: wanted.allowed.clone(),
+            only_these: true,
+        };
+        let mut set: Vec<PeerChange> = to.peers.iter().filter(differs).map(whole).collect();
+        // boringtun carries over to the next peer what that does not say; that it has no endpoint cannot be said.
+        set.sort_by_key(|change| change.endpoint.is_some());
+        set
     }
 
     /// Whether nothing is to be done.

@@ -60,6 +60,7 @@ fn take_in(state: &mut State, mut peer: PeerInfo, configured: Option<&PresharedK
                 keepalive: peer.config.persistent_keepalive_interval.unwrap_or(0),
                 psk: has,
                 allowed,
+                disputed: false,
                 last_handshake: peer.stats.last_handshake_time,
                 received: peer.stats.rx_bytes,
                 sent: peer.stats.tx_bytes,

@@ -43,7 +43,7 @@ pub enum Userspace {
     Forbidden,
     /// This program serves the device, from a TUN device: `PROGRAM ARGUMENTS DEVICE` makes the device in the network namespace
     /// that it is run in, puts a daemon into the background and ends, as wireguard-go does. It is run with an empty environment,
-    /// and only if the kernel cannot. Not boringtun (0.7): it cannot change a peer that it has, and is refused with that reason.
+    /// and only if the kernel cannot. For boringtun there is [`Userspace::boringtun`].
     Program {
         /// The program, by an absolute path.
         path: PathBuf,
@@ -56,6 +56,17 @@ impl Userspace {
     /// A program without arguments: `/usr/bin/wireguard-go`.
     pub fn program(path: impl Into<PathBuf>) -> Self {
         Userspace::Program { path: path.into(), arguments: Vec::new() }
+    }
+
+    /// boringtun-cli (0.7) with the arguments that it needs here: it keeps the rights that it was given, which may be less than root's;
+    /// it does not connect its sockets, so that it follows the underlay's addresses; and it writes no log file into a folder that all can
+    /// write to.
+    ///
+    /// Two things are not as with wireguard-go: a peer that changes is removed and added anew, so that it agrees on a session
+    /// anew; and two daemons can have one port without either being told, so that the port is tried before.
+    pub fn boringtun(path: impl Into<PathBuf>) -> Self {
+        let arguments = ["--disable-drop-privileges", "--disable-connected-udp", "--log", "/dev/null"];
+        Userspace::Program { path: path.into(), arguments: arguments.map(str::to_owned).into() }
     }
 }
 

@@ -8,7 +8,7 @@ use podnet::driver::netlink::ALIAS;
 use podnet::driver::{DriverError, Errno};
 use podnet::types::DeviceName;
 
-use crate::device::{Changes, Kind, Link, State, WireGuardDevices};
+use crate::device::{Changes, Edits, Kind, Link, State, WireGuardDevices};
 use crate::error::{IN_USE, io_error, port_in_use};
 use crate::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::links::{Links, Seen};
@@ -65,12 +65,7 @@ impl System {
                 reason: format!("{} ended well, but nobody answers at {}", path.display(), socket.display()),
             });
         }
-        // One that cannot do what is needed must not stay: it would stand in the way of one that can.
-        uapi::read(name.as_str(), None).map(drop).inspect_err(|_| {
-            let made = Links::open()
-                .and_then(|mut links| links.named(name.as_str())?.map_or(Ok(()), |made| links.delete(&made)));
-            tracing::debug!(device = %name, ?made, "taken away again");
-        })
+        Ok(())
     }
 }
 
@@ -165,7 +160,9 @@ impl WireGuardDevices for System {
             Kind::User => {
                 // A daemon that could not have a port forgets it; one that has it keeps it while its device is down.
                 let is = uapi::read(name, None)?;
-                if is.port != port && !is_free(port) {
+                // boringtun says so where it can, and keeps what it had open for a while after it was told another.
+                let tells = is.edits == Edits::Anew && is.public_key.is_some();
+                if is.port != port && !tells && !is_free(port) {
                     return Err(port_in_use(name, port));
                 }
                 // It would open its sockets anew.

@@ -5,6 +5,7 @@
 //! variable names, it writes to standard output, it waits for ever, and every refusal reads "invalid input". So this
 //! one is our own. It starts nothing, says what was refused, and gives up on a daemon that does not answer.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +17,7 @@ use podnet::driver::DriverError;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use zeroize::Zeroizing;
 
-use crate::device::{Changes, PeerState, State};
+use crate::device::{Changes, Edits, PeerState, State};
 use crate::error::{IN_USE, io_error, port_in_use};
 use crate::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::object::Psk;
@@ -25,9 +26,6 @@ use crate::object::Psk;
 const FOLDER: &str = "/var/run/wireguard";
 /// How long a daemon may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Why a daemon of boringtun is not used. Seen with 0.7.1: a change of a peer that it has is answered with a protocol error, it tells
-/// its public key in place of its private one, and a session that was just agreed on reads as one of long ago.
-const BORINGTUN: &str = "its daemon is boringtun, which cannot change a peer that it has";
 /// An answer is not longer: 100 000 peers with several subnets each.
 const LONGEST: u64 = 256 * 1024 * 1024;
 
@@ -69,23 +67,13 @@ pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, Driv
             }
             match parser.take(line.trim_end_matches('\n'))? {
                 None => {}
-                Some(0) => return Ok(parser.state),
+                Some(0) => return Ok(parser.end()),
                 Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
             }
         }
     };
     let attempted = format!("read WireGuard device {name} in user space");
-    ask().map_err(|e: io::Error| match e.kind() {
-        io::ErrorKind::Unsupported => DriverError::Program {
-            attempted,
-            said: e.to_string(),
-            advice: format!(
-                "use wireguard-go, or a kernel with WireGuard, once that one is gone (`ip link delete {name}`)"
-            ),
-            retry: false,
-        },
-        _ => io_error(&attempted, &e, ""),
-    })
+    ask().map_err(|e: io::Error| io_error(&attempted, &e, ""))
 }
 
 /// Gives a device its private key and its port.
@@ -110,13 +98,21 @@ pub(crate) fn change(name: &str, changes: &Changes, psk: Option<&PresharedKey>) 
 fn request(changes: &Changes, psk: Option<&PresharedKey>) -> Zeroizing<String> {
     // In one piece: what a growing text leaves behind would not be wiped.
     let subnets: usize = changes.set.iter().map(|change| change.allowed.len()).sum();
-    let room = 64 + changes.set.len() * 400 + subnets * 64 + changes.remove.len() * 100;
+    let room = 64 + changes.set.len() * 500 + subnets * 64 + changes.remove.len() * 100;
     let mut request = Zeroizing::new(String::with_capacity(room));
     request.push_str("set=1\n");
+    // All of them before the first comes back, so that what moves between two of them is with one alone. The daemon does it in one go.
+    for key in &changes.again {
+        removal(&mut request, key);
+    }
     for change in &changes.set {
         request.push_str("public_key=");
         hex(&mut request, change.public_key.as_bytes());
         request.push('\n');
+        if !changes.again.is_empty() {
+            // It carries over from one peer to the next.
+            request.push_str("remove=false\n");
+        }
         match (change.psk, psk) {
             (Some(true), Some(psk)) => {
                 request.push_str("preshared_key=");
@@ -144,12 +140,16 @@ fn request(changes: &Changes, psk: Option<&PresharedKey>) -> Zeroizing<String> {
         }
     }
     for key in &changes.remove {
-        request.push_str("public_key=");
-        hex(&mut request, key.as_bytes());
-        request.push_str("\nremove=true\n");
+        removal(&mut request, key);
     }
     request.push('\n');
     request
+}
+
+fn removal(request: &mut String, key: &PublicKey) {
+    request.push_str("public_key=");
+    hex(request, key.as_bytes());
+    request.push_str("\nremove=true\n");
 }
 
 /// Sends a request and reads `errno=N`.
@@ -187,6 +187,9 @@ fn unhex(text: &str) -> Option<Zeroizing<[u8; 32]>> {
 /// Takes an answer in line by line.
 struct Parser<'a> {
     psk: Option<&'a PresharedKey>,
+    /// The daemon is boringtun, which departs from the protocol (seen with 0.7.1): it tells its public key in place of its private one, and
+    /// ages in place of moments; a change of a peer that it has breaks it; and what a request says of one peer holds for the next as well.
+    boringtun: bool,
     state: State,
     /// The peer that the next lines are about.
     current: Option<PublicKey>,
@@ -195,7 +198,25 @@ struct Parser<'a> {
 
 impl<'a> Parser<'a> {
     fn new(psk: Option<&'a PresharedKey>) -> Self {
-        Parser { psk, state: State::default(), current: None, seconds: 0 }
+        Parser { psk, boringtun: false, state: State::default(), current: None, seconds: 0 }
+    }
+
+    /// What the whole answer says.
+    fn end(self) -> State {
+        let mut state = self.state;
+        if self.boringtun {
+            // Given to another peer, a subnet stays in the list of the one that had it. Which of the two has it is not told: it is to
+            // be given anew.
+            let mut seen = BTreeSet::new();
+            let all = state.peers.values().flat_map(|peer| &peer.allowed);
+            let twice: BTreeSet<IpNetwork> = all.filter(|subnet| !seen.insert(**subnet)).copied().collect();
+            for peer in state.peers.values_mut() {
+                let before = peer.allowed.len();
+                peer.allowed.retain(|subnet| !twice.contains(subnet));
+                peer.disputed = peer.allowed.len() < before;
+            }
+        }
+        state
     }
 
     /// Takes one line in; the number of the last line, which ends the answer.
@@ -209,8 +230,11 @@ impl<'a> Parser<'a> {
                 let bytes = unhex(value).ok_or_else(wrong)?;
                 self.state.public_key = PrivateKey::from_bytes(*bytes).ok().map(|key| key.public_key());
             }
-            // A name of its own in the place of `private_key`.
-            "own_public_key" => return Err(io::Error::new(io::ErrorKind::Unsupported, BORINGTUN)),
+            // boringtun's word in the place of `private_key`; it comes first.
+            "own_public_key" => {
+                self.state.public_key = Some(PublicKey::of_device(*unhex(value).ok_or_else(wrong)?));
+                (self.boringtun, self.state.edits) = (true, Edits::Anew);
+            }
             "listen_port" => self.state.port = value.parse().map_err(|_| wrong())?,
             "public_key" => {
                 let key = PublicKey::of_device(*unhex(value).ok_or_else(wrong)?);
@@ -219,11 +243,11 @@ impl<'a> Parser<'a> {
                 self.seconds = 0;
             }
             _ => {
-                let psk = self.psk;
+                let (psk, boringtun) = (self.psk, self.boringtun);
                 let Some(peer) = self.current.as_ref().and_then(|key| self.state.peers.get_mut(key)) else {
                     return Ok(None);
                 };
-                take_of_peer(peer, psk, name, value, &mut self.seconds).ok_or_else(wrong)?;
+                take_of_peer(peer, psk, boringtun, name, value, &mut self.seconds).ok_or_else(wrong)?;
             }
         }
         Ok(None)
@@ -234,6 +258,7 @@ impl<'a> Parser<'a> {
 fn take_of_peer(
     peer: &mut PeerState,
     configured: Option<&PresharedKey>,
+    boringtun: bool,
     name: &str,
     value: &str,
     seconds: &mut u64,
@@ -256,8 +281,11 @@ fn take_of_peer(
         "tx_bytes" => peer.sent = value.parse().ok()?,
         "last_handshake_time_sec" => *seconds = value.parse().ok()?,
         "last_handshake_time_nsec" => {
-            let moment = Duration::new(*seconds, value.parse::<u32>().ok().filter(|nanos| *nanos < 1_000_000_000)?);
-            peer.last_handshake = SystemTime::UNIX_EPOCH.checked_add(moment).filter(|_| !moment.is_zero());
+            let told = Duration::new(*seconds, value.parse::<u32>().ok().filter(|nanos| *nanos < 1_000_000_000)?);
+            peer.last_handshake = match boringtun {
+                true => SystemTime::now().checked_sub(told),
+                false => SystemTime::UNIX_EPOCH.checked_add(told).filter(|_| !told.is_zero()),
+            };
         }
         _ => {}
     }
@@ -275,7 +303,7 @@ mod tests {
         let mut parser = Parser::new(psk);
         for line in answer.lines() {
             if parser.take(line)?.is_some() {
-                return Ok(parser.state);
+                return Ok(parser.end());
             }
         }
         Err(io::ErrorKind::UnexpectedEof.into())
@@ -324,10 +352,6 @@ errno=0
         assert_eq!(of(0x58).last_handshake, Some(SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5)));
         assert_eq!((of(0x66).last_handshake, of(0x66).allowed.len()), (None, 2));
         assert_eq!(of(0xb8).endpoint, Some("[abcd:23::33]:51820".parse().unwrap()));
-        // As boringtun 0.7.1 answered.
-        let other = "own_public_key=8a1b4977d6eaffb245201a683bc1cab9ba777e4406d18bdb7fb7001dee1a540e\nlisten_port=51820\nerrno=0\n";
-        let refused = parse(other, None).unwrap_err();
-        assert_eq!((refused.kind(), refused.to_string().as_str()), (io::ErrorKind::Unsupported, BORINGTUN));
         // A refusal, an end in the middle, rubbish.
         let mut parser = Parser::new(None);
         assert_eq!(parser.take("errno=-98").unwrap(), Some(98));
@@ -335,9 +359,42 @@ errno=0
     }
 
     #[test]
+    fn the_answer_of_boringtun_is_read_in_its_own_dialect() {
+        // As 0.7.1 answers.
+        let answer = "\
+own_public_key=8a1b4977d6eaffb245201a683bc1cab9ba777e4406d18bdb7fb7001dee1a540e
+listen_port=51820
+public_key=b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33
+endpoint=10.240.0.2:51820
+allowed_ip=10.42.1.0/24
+last_handshake_time_sec=7
+last_handshake_time_nsec=1000
+rx_bytes=180
+tx_bytes=92
+public_key=58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376
+allowed_ip=10.42.2.0/24
+rx_bytes=0
+tx_bytes=0
+errno=0
+";
+        let state = parse(answer, None).unwrap();
+        assert_eq!((state.public_key.unwrap().as_bytes()[0], state.edits), (0x8a, Edits::Anew));
+        let of = |start: u8| state.peers.iter().find(|(key, _)| key.as_bytes()[0] == start).unwrap().1;
+        let age = SystemTime::now().duration_since(of(0xb8).last_handshake.unwrap()).unwrap().as_secs();
+        assert!((7..10).contains(&age) && of(0x58).last_handshake.is_none(), "{age}");
+        // A subnet that passed from one to the other is in both lists.
+        let passed = parse(&answer.replace("10.42.2.0/24", "10.42.1.0/24"), None).unwrap();
+        assert!(passed.peers.len() == 2 && passed.peers.values().all(|peer| peer.allowed.is_empty()), "{passed:?}");
+        // So that whoever changes anything writes both.
+        let changes = Changes::between(&passed, &passed);
+        assert_eq!((changes.set.len(), changes.again.len()), (2, 2));
+    }
+
+    #[test]
     fn what_moves_from_one_peer_to_another_is_given_before_the_first_goes() {
         let key = |n: u8| PublicKey::of_device([n; 32]);
         let changes = Changes {
+            again: Vec::new(),
             set: vec![PeerChange {
                 public_key: key(2),
                 endpoint: Some("10.240.0.2:51820".parse().unwrap()),

@@ -1,7 +1,6 @@
 //! The driver on devices in memory, and the same on the system's: the kernel's where it has WireGuard, else those of wireguard-go.
 
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,7 +16,13 @@ use crate::object::Psk;
 use crate::options::Userspace;
 use crate::system::System;
 
+/// Where the kernel has no WireGuard: wireguard-go, or boringtun where this names it.
+const BORINGTUN: &str = "PODNET_TEST_BORINGTUN";
 const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
+
+fn user_space() -> Userspace {
+    std::env::var_os(BORINGTUN).map_or_else(|| Userspace::program(WIREGUARD_GO), Userspace::boringtun)
+}
 
 fn key(n: u32) -> PublicKey {
     // No low order, and the same at each run.
@@ -199,7 +204,7 @@ fn with_keys(
         #[allow(deprecated)]
         rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)
             .expect("a new network namespace: run the tests as root or under `unshare -Urn`");
-        let system = System::new(private.clone(), psk, Userspace::program(WIREGUARD_GO));
+        let system = System::new(private.clone(), psk, user_space());
         if let Some(reason) = lacking() {
             println!("skipped: {test}: {reason}");
             return;
@@ -226,8 +231,9 @@ fn lacking() -> Option<String> {
         links.delete(&probe).unwrap();
         return None;
     }
-    if !Path::new(WIREGUARD_GO).exists() {
-        return Some(format!("the kernel has no WireGuard, and {WIREGUARD_GO} is not there"));
+    let Userspace::Program { path, .. } = user_space() else { unreachable!() };
+    if !path.exists() {
+        return Some(format!("the kernel has no WireGuard, and {} is not there", path.display()));
     }
     let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun");
     tun.err().map(|error| format!("the kernel has no WireGuard, and /dev/net/tun cannot be opened: {error}"))

@@ -55,7 +55,7 @@ impl Fixture for Worlds {
             File::open("/proc/thread-self/ns/net").map(OwnedFd::from).map_err(|e| e.to_string())
         });
         let namespace = NetworkNamespace::from(file.join().map_err(|_| "a panic")??);
-        let system = System::new(self.private.clone(), None, Userspace::program(WIREGUARD_GO));
+        let system = System::new(self.private.clone(), None, user_space());
         Ok(Box::new(Machine { namespace, devices: Arc::new(system), own, name, fake: None }))
     }
 }
