@@ -70,12 +70,13 @@ fn a_replacement_under_traffic_lets_no_packet_out_unmasqueraded_and_drops_none()
 
 #[test]
 fn sealed_nothing_goes_to_pods_of_other_nodes_but_by_a_device_that_encrypts() {
-    each(async |tools: Tools| {
-        let driver = tools.driver().await;
-        nothing_gets_past_the_seal(&driver, async |rules| {
-            assert_eq!(seen(&driver, Family::V4, &scope()).await, Some((rules, Owner::Ours)));
-        })
-        .await;
-        assert!(!tools.saved(Family::V4).iter().any(|line| line.contains("PODNET-SEAL")), "it is gone with the rest");
-    });
+    for family in Family::BOTH {
+        each(move |tools: Tools| async move {
+            let driver = tools.driver().await;
+            let is_read_back =
+                async |rules| assert_eq!(seen(&driver, family, &scope()).await, Some((rules, Owner::Ours)));
+            nothing_gets_past_the_seal(&driver, family, is_read_back).await;
+            assert!(!tools.saved(family).iter().any(|line| line.contains("PODNET-SEAL")), "it is gone with the rest");
+        });
+    }
 }

@@ -4,6 +4,8 @@
 //!
 //!   pod 10.42.3.2 --- 10.42.3.1 node 192.0.2.1 --- 192.0.2.2 outside
 //!       10.42.8.2 (a pod of another node, behind the same wire)    10.42.9.2, 198.51.100.7 (also)
+//!
+//! In IPv6 2001:db8:42:3::2, :42:3::1, :ff::1, :ff::2, and 2001:db8:42:9::2 of another node outside.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -13,6 +15,7 @@ use std::time::Instant;
 use netlink_packet_netfilter::nftables::{
     DataAttribute, Expressions, Hook as KernelHook, Immediate, InetHookNumber, Meta, MetaKey, Register,
 };
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::*;
@@ -46,7 +49,10 @@ async fn up(handle: &Handle, name: &str, addresses: &[&str]) -> u32 {
     let index = link.header.index;
     for address in addresses {
         let address: IpNetwork = address.parse().unwrap();
-        handle.address().add(index, address.ip(), address.prefix()).execute().await.unwrap();
+        let mut request = handle.address().add(index, address.ip(), address.prefix());
+        // It works at once.
+        request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        request.execute().await.unwrap();
     }
     handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
     index
@@ -80,18 +86,24 @@ pub(in crate::driver) async fn net() -> Net {
     let (node, pod, outside) = (handle(&net.node).await, handle(&net.pod).await, handle(&net.outside).await);
     wire(&node, "cni0", &net.pod).await;
     wire(&node, "ens4", &net.outside).await;
-    up(&node, "cni0", &["10.42.3.1/24"]).await;
-    up(&node, "ens4", &["192.0.2.1/24"]).await;
-    up(&pod, "eth0", &["10.42.3.2/24", "10.42.8.2/32"]).await;
-    up(&outside, "eth0", &["192.0.2.2/24", "10.42.9.2/32", "198.51.100.7/32"]).await;
+    up(&node, "cni0", &["10.42.3.1/24", "2001:db8:42:3::1/64"]).await;
+    up(&node, "ens4", &["192.0.2.1/24", "2001:db8:ff::1/64"]).await;
+    up(&pod, "eth0", &["10.42.3.2/24", "10.42.8.2/32", "2001:db8:42:3::2/64"]).await;
+    let of_outside = ["192.0.2.2/24", "10.42.9.2/32", "198.51.100.7/32", "2001:db8:ff::2/64", "2001:db8:42:9::2/128"];
+    up(&outside, "eth0", &of_outside).await;
     route(&node, "10.42.8.0/24", "10.42.3.2").await;
     route(&node, "10.42.9.0/24", "192.0.2.2").await;
     route(&node, "198.51.100.0/24", "192.0.2.2").await;
     route(&pod, "0.0.0.0/0", "10.42.3.1").await;
     route(&outside, "0.0.0.0/0", "192.0.2.1").await;
-    let forward = Sysctl { name: SysctlName::forwarding(Family::V4), value: "1".into() };
-    let unit = UnitPlan { unit: Unit::Host(Family::V4), steps: vec![Step::Create(Object::Sysctl(forward))] };
-    assert_eq!(SysctlDriver::new(&net.node).apply(&[unit]).await[0].failed, None);
+    route(&node, "2001:db8:42:9::/64", "2001:db8:ff::2").await;
+    route(&pod, "::/0", "2001:db8:42:3::1").await;
+    route(&outside, "::/0", "2001:db8:ff::1").await;
+    for family in Family::BOTH {
+        let forward = Sysctl { name: SysctlName::forwarding(family), value: "1".into() };
+        let unit = UnitPlan { unit: Unit::Host(family), steps: vec![Step::Create(Object::Sysctl(forward))] };
+        assert_eq!(SysctlDriver::new(&net.node).apply(&[unit]).await[0].failed, None);
+    }
     net
 }
 
@@ -200,21 +212,29 @@ fn only_what_leaves_the_cluster_network_is_masqueraded() {
 
 #[test]
 fn sealed_nothing_goes_to_pods_of_other_nodes_but_by_a_device_that_encrypts() {
-    isolated::test(async || {
-        let driver = driver();
-        nothing_gets_past_the_seal(&driver, async |rules| assert_eq!(seen(&driver, Family::V4).await, Some(rules)))
-            .await;
-        assert_eq!(seen(&driver, Family::V4).await, None);
-    });
+    for family in Family::BOTH {
+        isolated::test(async move || {
+            let driver = driver();
+            let is_read_back = async |rules| assert_eq!(seen(&driver, family).await, Some(rules));
+            nothing_gets_past_the_seal(&driver, family, is_read_back).await;
+            assert_eq!(seen(&driver, family).await, None);
+        });
+    }
 }
 
 /// What any driver of the firewall must make of a seal, with `is_read_back` to tell what it then observes.
 pub(in crate::driver) async fn nothing_gets_past_the_seal(
     driver: &dyn Driver,
+    family: Family,
     mut is_read_back: impl AsyncFnMut(Ruleset),
 ) {
     let net = net().await;
-    let (pod, outside, other) = ((&net.pod, "10.42.3.2"), (&net.outside, "192.0.2.2"), (&net.outside, "10.42.9.2"));
+    let [pod, outside, other, node, underlay] = match family {
+        Family::V4 => ["10.42.3.2", "192.0.2.2", "10.42.9.2", "10.42.3.1", "192.0.2.1"],
+        Family::V6 => ["2001:db8:42:3::2", "2001:db8:ff::2", "2001:db8:42:9::2", "2001:db8:42:3::1", "2001:db8:ff::1"],
+    };
+    let (pod, outside, other, node) =
+        ((&net.pod, pod), (&net.outside, outside), (&net.outside, other), (&net.node, node));
     let replace = |from: Option<&Ruleset>, to: &Ruleset| {
         let to = Object::Ruleset(to.clone());
         match from {
@@ -223,10 +243,12 @@ pub(in crate::driver) async fn nothing_gets_past_the_seal(
         }
     };
     let by = |device: &str| {
-        let (network, subnet) = (NET_V4.parse().unwrap(), "10.42.3.0/24".parse().unwrap());
-        MasqueradePolicy::default()
-            .ruleset(network, subnet, &Seal { devices: vec![device.parse().unwrap()], ..Seal::default() })
-            .unwrap()
+        let (network, subnet) = match family {
+            Family::V4 => (NET_V4, "10.42.3.0/24"),
+            Family::V6 => (NET_V6, "2001:db8:42:3::/64"),
+        };
+        let seal = Seal { devices: vec![device.parse().unwrap()], ..Seal::default() };
+        MasqueradePolicy::default().ruleset(network.parse().unwrap(), subnet.parse().unwrap(), &seal).unwrap()
     };
     let (sealed, open) = (by("wg0"), by("ens4"));
     let mut port = PORT;
@@ -234,24 +256,23 @@ pub(in crate::driver) async fn nothing_gets_past_the_seal(
         port += 1;
         within(Duration::from_millis(patience), from, to, port)
     };
-    let node = (&net.node, "10.42.3.1");
-    assert_eq!(passes(pod, other, 5000), Some(ip("10.42.3.2")), "without rules");
+    assert_eq!(passes(pod, other, 5000), Some(ip(pod.1)), "without rules");
     for (from, to) in [(None, &sealed), (Some(&sealed), &open), (Some(&open), &sealed)] {
-        let unit = UnitPlan { unit: Unit::Firewall(Family::V4), steps: vec![replace(from, to)] };
+        let unit = UnitPlan { unit: Unit::Firewall(family), steps: vec![replace(from, to)] };
         assert_eq!(driver.apply(&[unit]).await[0].failed, None);
         is_read_back(to.clone()).await;
         if *to == open {
-            assert_eq!(passes(pod, other, 5000), Some(ip("10.42.3.2")), "by a device that encrypts");
-            assert_eq!(passes(node, other, 5000), Some(ip("10.42.3.1")), "and what the node itself sends");
+            assert_eq!(passes(pod, other, 5000), Some(ip(pod.1)), "by a device that encrypts");
+            assert_eq!(passes(node, other, 5000), Some(ip(node.1)), "and what the node itself sends");
             continue;
         }
         assert_eq!(passes(pod, other, 400), None, "a forwarded packet");
         assert_eq!(passes(node, other, 400), None, "the node's own");
-        assert_eq!(passes(node, pod, 5000), Some(ip("10.42.3.1")), "to this node's pods all is as before");
-        assert_eq!(passes(outside, pod, 5000), Some(ip("192.0.2.2")), "from outside too");
-        assert_eq!(passes(pod, outside, 5000), Some(ip("192.0.2.1")), "and to the outside");
+        assert_eq!(passes(node, pod, 5000), Some(ip(node.1)), "to this node's pods all is as before");
+        assert_eq!(passes(outside, pod, 5000), Some(ip(outside.1)), "from outside too");
+        assert_eq!(passes(pod, outside, 5000), Some(ip(underlay)), "and to the outside");
     }
-    let unit = UnitPlan { unit: Unit::Firewall(Family::V4), steps: vec![Step::Delete(Object::Ruleset(sealed))] };
+    let unit = UnitPlan { unit: Unit::Firewall(family), steps: vec![Step::Delete(Object::Ruleset(sealed))] };
     assert_eq!(driver.apply(&[unit]).await[0].failed, None);
 }
 
@@ -333,33 +354,10 @@ fn a_replacement_under_traffic_lets_no_packet_out_unmasqueraded() {
 fn ipv6_is_masqueraded_too() {
     isolated::test(async || {
         let net = net().await;
-        let (node, pod, outside) = (handle(&net.node).await, handle(&net.pod).await, handle(&net.outside).await);
-        up(&node, "cni0", &["2001:db8:42:3::1/64"]).await;
-        up(&node, "ens4", &["2001:db8:1::1/64"]).await;
-        up(&pod, "eth0", &["2001:db8:42:3::2/64"]).await;
-        up(&outside, "eth0", &["2001:db8:1::2/64"]).await;
-        let forward = Sysctl { name: SysctlName::forwarding(Family::V6), value: "1".into() };
-        let unit = UnitPlan { unit: Unit::Host(Family::V6), steps: vec![Step::Create(Object::Sysctl(forward))] };
-        assert_eq!(SysctlDriver::new(&net.node).apply(&[unit]).await[0].failed, None);
         let driver = driver();
         create(&driver, &ruleset(Family::V6, &MasqueradePolicy::default())).await;
-        // Addresses are usable once they are known to be unique: until then, the node would masquerade with another.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !route_v6(&pod).await
-            || net.pod.run(|| UdpSocket::bind("[2001:db8:42:3::2]:0")).is_err()
-            || net.outside.run(|| UdpSocket::bind("[2001:db8:1::2]:0")).is_err()
-            || net.node.run(|| UdpSocket::bind("[2001:db8:1::1]:0")).is_err()
-        {
-            assert!(Instant::now() < deadline, "no address");
-            tokio::task::yield_now().await;
-        }
-        let (pod, outside) = ((&net.pod, "2001:db8:42:3::2"), (&net.outside, "2001:db8:1::2"));
-        assert_eq!(source_seen(pod, outside, PORT), ip("2001:db8:1::1"));
+        let (pod, outside) = ((&net.pod, "2001:db8:42:3::2"), (&net.outside, "2001:db8:ff::2"));
+        assert_eq!(source_seen(pod, outside, PORT), ip("2001:db8:ff::1"));
+        assert_eq!(source_seen(pod, (&net.outside, "2001:db8:42:9::2"), PORT), ip(pod.1), "to another node's pod");
     });
-}
-
-/// A default route; success if it is there already.
-async fn route_v6(handle: &Handle) -> bool {
-    let message = RouteMessageBuilder::<std::net::Ipv6Addr>::new().gateway("2001:db8:42:3::1".parse().unwrap()).build();
-    handle.route().add(message).replace().execute().await.is_ok()
 }
