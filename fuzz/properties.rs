@@ -8,14 +8,20 @@
 use std::ffi::OsString;
 use std::fmt::{Debug, Display};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::LazyLock;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use podnet::backend::Backend;
 use podnet::config::{NetConf, NetworkConfig, SubnetRange};
 use podnet::flannel::subnet_env::{Earlier, SubnetEnv};
 use podnet::flannel::subnet_key;
 use podnet::lease::BackendData;
 use podnet::subnet::etcd;
-use podnet::types::{Mtu, Stack};
+use podnet::testkit::conformance::backend::{Scenario, check_published};
+use podnet::types::{Family, Mtu, Stack};
+use podnet_host_gw::HostGw;
+use podnet_vxlan::Vxlan;
+use podnet_wireguard::{PrivateKey, WireGuard};
 
 /// What does not hold.
 type Broken = Result<(), String>;
@@ -140,6 +146,31 @@ pub fn lease_value(bytes: &[u8]) -> Broken {
         // Texts grow a little: letters in lower case, what flannel writes though it says nothing.
         Err(reason) => check(bytes.len() > 8 * 1024, || format!("it cannot be written: {reason}")),
     }
+}
+
+/// Those that let a peer publish something, then the one that does not.
+pub fn backends() -> &'static [Box<dyn Backend>; 3] {
+    static ALL: LazyLock<[Box<dyn Backend>; 3]> = LazyLock::new(|| {
+        let wireguard = WireGuard::new(PrivateKey::generate());
+        [Box::new(Vxlan::new()), Box::new(wireguard), Box::new(HostGw::new())]
+    });
+    &ALL
+}
+
+/// What a peer publishes for a backend, and so what this node would do for that peer: podnet's suite for backends says what must hold.
+pub fn backend_data(text: &str) -> Broken {
+    let data = match BackendData::from_text(text) {
+        Ok(data) => data,
+        Err(error) => return is_a_reason(error),
+    };
+    static LAN: LazyLock<Scenario> = LazyLock::new(|| Scenario::lan(&Family::BOTH));
+    for backend in backends() {
+        let report = check_published(&**backend, &LAN, &data);
+        // The suite asks one backend for several nodes, and who a node is stands in WireGuard's backend: its key.
+        let mut broken = report.failures().iter().filter(|violation| violation.rule.name != "offers-do-not-meet");
+        check(broken.next().is_none(), || report.to_string())?;
+    }
+    Ok(())
 }
 
 /// The last part of a lease's key in etcd.

@@ -43,6 +43,7 @@ macro_rules! seeds {
 
 const CONFIGS: &[&str] = seeds!("network_config/dual", "network_config/range", "network_config/wireguard");
 const VALUES: &[&str] = seeds!("lease_value/vxlan", "lease_value/dual", "lease_value/several");
+const PUBLISHED: &[&str] = seeds!("backend_data/vxlan", "backend_data/wireguard");
 const KEYS: &[&str] = seeds!("subnet_key/v4", "subnet_key/dual");
 const FILES: &[&str] = seeds!("subnet_env/dual", "subnet_env/quoted");
 const FLAGS: &[&str] = seeds!("flags/etcd", "flags/file");
@@ -54,6 +55,11 @@ fn the_seeds_are_taken() {
     }
     for value in VALUES {
         podnet::subnet::etcd::read_value(value.as_bytes()).unwrap();
+    }
+    for (data, backend) in PUBLISHED.iter().zip(properties::backends()) {
+        let data = podnet::lease::BackendData::from_text(data).unwrap();
+        let claims = backend.claims(&podnet::lease::Endpoint { public_ip: [10, 240, 0, 9].into(), data }).unwrap();
+        assert!(!claims.is_empty(), "{backend:?}");
     }
     for key in KEYS {
         podnet::flannel::subnet_key::parse(key).unwrap();
@@ -92,6 +98,18 @@ proptest! {
     ) {
         held(properties::lease_value(text.as_bytes()))?;
         held(properties::lease_value(&bytes))?;
+    }
+
+    #[test]
+    fn backend_data(
+        text in prop_oneof![
+            damaged(PUBLISHED),
+            pieces(&["{", "}", ",", ":", "\"VNI\":", "1", "\"VtepMAC\":", "\"0a:58:0a:2a:01:00\"", "\"ff:ff:ff:ff:ff:ff\"", "\"PublicKey\":",
+                "\"uFmW/sycfx/G0lcqdu2hHVm80gvo5UOxXOS9hajnWjM=\"", "\"Port\":", "65536", "-1", "null", "[", "]"], 12),
+            any::<String>(),
+        ],
+    ) {
+        held(properties::backend_data(&text))?;
     }
 
     #[test]

@@ -115,7 +115,7 @@ pub async fn check(backend: impl Backend) -> Report {
     let backend: Arc<dyn Backend> = Arc::new(backend);
     let mut findings = Findings::new(subject(&*backend), RULES);
     for scenario in Scenario::all() {
-        ask(&*backend, &scenario, &mut findings);
+        ask(&*backend, &scenario, None, &mut findings);
     }
     if Probe::new(&*backend, &mut findings).driver("an own driver").is_some() {
         node::leave_out(&mut findings, "it has a driver of its own: give `check_node` the backend with a fake one");
@@ -139,8 +139,26 @@ pub async fn check(backend: impl Backend) -> Report {
 pub fn check_in(backend: &dyn Backend, scenarios: &[Scenario]) -> Report {
     let mut findings = Findings::new(subject(backend), RULES);
     for scenario in scenarios {
-        ask(backend, scenario, &mut findings);
+        ask(backend, scenario, None, &mut findings);
     }
+    node::leave_out(&mut findings, "it needs a kernel: see `check` and `check_node`");
+    findings.report()
+}
+
+/// The same, but the hostile peer publishes this, and nothing that the suite makes up: for a fuzzer.
+///
+/// ```
+/// # use podnet::lease::BackendData;
+/// # use podnet::testkit::conformance::backend::{self, Scenario};
+/// # fn check_mine(backend: &dyn podnet::backend::Backend) -> Result<(), Box<dyn std::error::Error>> {
+/// let broadcast = BackendData::from_text(r#"{"VNI":1,"VtepMAC":"ff:ff:ff:ff:ff:ff"}"#)?;
+/// backend::check_published(backend, &Scenario::lan(&[podnet::types::Family::V4]), &broadcast).assert_ok();
+/// # Ok(())
+/// # }
+/// ```
+pub fn check_published(backend: &dyn Backend, scenario: &Scenario, published: &BackendData) -> Report {
+    let mut findings = Findings::new(subject(backend), RULES);
+    ask(backend, scenario, Some(published), &mut findings);
     node::leave_out(&mut findings, "it needs a kernel: see `check` and `check_node`");
     findings.report()
 }
@@ -171,7 +189,7 @@ fn subject(backend: &dyn Backend) -> String {
 }
 
 /// All that can be asked without a kernel.
-fn ask(backend: &dyn Backend, scenario: &Scenario, findings: &mut Findings) {
+fn ask(backend: &dyn Backend, scenario: &Scenario, published: Option<&BackendData>, findings: &mut Findings) {
     let mut probe = Probe::new(backend, findings);
     let Some(own) = own_words(&mut probe, &scenario.name) else { return };
     let mut offers: Vec<(&Place, Option<Offer>)> = Vec::new();
@@ -206,9 +224,17 @@ fn ask(backend: &dyn Backend, scenario: &Scenario, findings: &mut Findings) {
         }
         changed(&mut probe, &at, &own, &view, &peers, scenario);
         objects::apart(&mut probe, &at, &grounds, &peers);
-        // One honest offer is bent, and the node's own: the others are no different.
-        let sources: Vec<BackendData> = others().map(|(_, endpoint)| endpoint.data).take(1).collect();
-        hostile_peers(&mut probe, &at, &own, &view, (&grounds, &peers), &sources);
+        let hostile = match published {
+            Some(published) => vec![published.clone()],
+            None => {
+                // One honest offer is bent, and the node's own: the others are no different.
+                let mine = view.offer.endpoint(family).map(|mine| mine.data);
+                let sources: Vec<BackendData> =
+                    others().map(|(_, endpoint)| endpoint.data).take(1).chain(mine).collect();
+                hostile::data(&sources.iter().collect::<Vec<_>>())
+            }
+        };
+        hostile_peers(&mut probe, &at, &own, &view, (&grounds, &peers), hostile);
     }
     if let Stack::Dual(..) = offer.endpoints {
         stand_alone(&mut probe, scenario, place, &view);
@@ -455,14 +481,13 @@ fn hostile_peers(
     own: &Own,
     view: &NodeView,
     (grounds, peers): (&[Object], &[Peer]),
-    sources: &[BackendData],
+    published: Vec<BackendData>,
 ) {
     let Some(Peer { peer: AdmittedPeer { name, subnet, endpoint, .. }, .. }) = peers.last() else { return };
     let honest = peers.get(..peers.len().saturating_sub(1)).unwrap_or_default();
     let mine = view.offer.endpoint(Family::of(endpoint.public_ip));
     let claimed = mine.as_ref().and_then(|mine| probe.ask(at, "own claims", |b| b.claims(mine))).and_then(Result::ok);
-    let sources: Vec<&BackendData> = sources.iter().chain(mine.as_ref().map(|mine| &mine.data)).collect();
-    for data in hostile::data(&sources) {
+    for data in published {
         let at = format!("{at}, a peer that publishes {}", cut(&data));
         let endpoint = Endpoint { data, ..endpoint.clone() };
         let peer = AdmittedPeer { name: name.clone(), subnet: *subnet, endpoint, other: None };
