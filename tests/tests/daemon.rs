@@ -40,6 +40,7 @@ tests! {
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
     leases_in_etcd_are_taken_planned_with_and_given_back,
+    a_plan_over_etcd_is_with_the_lease_that_the_daemon_would_take,
     etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_say,
     the_device_the_address_and_the_rules_are_what_flannelds_flags_say,
     remove_leaves_nothing_with_the_store_and_without_it,
@@ -504,6 +505,45 @@ async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
     let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
     assert_eq!(held, [format!("{subnets}/10.42.1.0-24")]);
     assert_same(&before, &eye.settled());
+}
+
+/// After the network has changed is when somebody asks what a restart would do.
+async fn a_plan_over_etcd_is_with_the_lease_that_the_daemon_would_take() {
+    if etcd::missing("a_plan_over_etcd_is_with_the_lease") {
+        return;
+    }
+    let stage = Stage::v4(1).await;
+    let members = etcd::Etcd::single().await;
+    let mut keys = members.eye().await;
+    let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.8.0", "Backend": {"Type": "vxlan"}}"#;
+    keys.put("/coreos.com/network/config", config, None).await;
+    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+    carry(stage.lab.outside().netns(), at, members.address(0)).await;
+    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let flags = ["--subnets=etcd", &endpoint, "--timeout=3"];
+    let plan = || said(&stage.run(0, &[&flags[..], &["--plan"]].concat()));
+    let bare = format!(r#"{{"PublicIP":"{}"}}"#, stage.lab.nodes()[0].ip());
+    let published =
+        bare.replace('}', r#","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}"#);
+    let key = |number: u8| format!("/coreos.com/network/subnets/10.42.{number}.0-24");
+
+    // The oldest lies outside of what the network gives now.
+    for number in [7, 9] {
+        keys.put(&key(number), &published, Some(600)).await;
+    }
+    let text = plan();
+    assert!(text.contains("FLANNEL_SUBNET=10.42.9.1/24"), "{text}");
+    keys.delete(&key(9)).await;
+    let text = plan();
+    assert!(text.contains("10.42.7.0/24, which does not fit the network any more"), "{text}");
+    keys.put(&key(12), &bare, None).await;
+    let text = plan();
+    assert!(text.contains("FLANNEL_SUBNET=10.42.12.1/24"), "a reservation: {text}");
+
+    let daemon = stage.start_with(0, stage.command(0, &flags));
+    daemon.until_ready();
+    assert!(fs::read_to_string(stage.subnet_file(0)).unwrap().contains("FLANNEL_SUBNET=10.42.12.1/24\n"));
+    assert_eq!(plan(), "Nothing to change.\n");
 }
 
 /// Certificates on the command line, user and password from the environment, a prefix that must be cleaned.
