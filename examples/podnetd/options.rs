@@ -11,7 +11,7 @@ use podnet::masquerade::MasqueradePolicy;
 use podnet::types::{NodeName, Stack};
 use podnet::underlay::{Pattern, UnderlayChoice};
 
-use crate::flags::{Flag, Given, Here, Usage};
+use crate::flags::{Flag, Given, Here, Usage, variable};
 use crate::table as flag;
 
 /// What this run is for.
@@ -121,6 +121,9 @@ impl Options {
         arguments: impl Iterator<Item = OsString>,
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<(Options, Given), Usage> {
+        // flanneld has answered that question before it looks at the environment, where a version is often somebody's note.
+        let version = variable(flag::VERSION.name);
+        let environment = |name: &str| if name == version { None } else { environment(name) };
         let given = Given::read(flag::FLAGS, arguments, environment)?;
         if given.boolean(flag::VERSION) {
             return Err(Usage::Version);
@@ -279,7 +282,7 @@ fn store(given: &Given, problems: &mut Problems, needed: bool) -> Option<StoreCh
         let path = |flag: &Flag| given.text(flag).map(PathBuf::from);
         let endpoints = given.text(flag::ETCD_ENDPOINTS).unwrap_or_default();
         StoreChoice::Etcd(EtcdFlags {
-            endpoints: endpoints.split(',').map(str::trim).filter(|e| !e.is_empty()).map(str::to_owned).collect(),
+            endpoints: endpoints.split(',').map(endpoint).filter(|e| !e.is_empty()).map(str::to_owned).collect(),
             prefix: given.text(flag::ETCD_PREFIX).unwrap_or_default().to_owned(),
             key: path(flag::ETCD_KEYFILE),
             certificate: path(flag::ETCD_CERTFILE),
@@ -312,6 +315,12 @@ fn store(given: &Given, problems: &mut Problems, needed: bool) -> Option<StoreCh
     Some(choice)
 }
 
+/// Without the slash that URLs often end with, which etcd's clients in Go pass over.
+fn endpoint(text: &str) -> &str {
+    let text = text.trim();
+    text.strip_suffix('/').unwrap_or(text)
+}
+
 /// What of etcd's flags only makes sense together. flanneld passes over what is missing, and speaks without TLS.
 fn check_etcd(flags: &EtcdFlags, problems: &mut Problems) {
     let both = |problems: &mut Problems, one: bool, (flag, other): (&Flag, &Flag)| {
@@ -332,7 +341,10 @@ fn check_etcd(flags: &EtcdFlags, problems: &mut Problems) {
 fn underlay(given: &Given, public: Option<Stack<Ipv4Addr, Ipv6Addr>>, problems: &mut Problems) -> UnderlayChoice {
     let mut choices = Vec::new();
     for text in given.list(flag::IFACE) {
-        if let Ok(address) = text.parse() {
+        // As in flannel, a manifest's empty value means the device of the default route.
+        if text.is_empty() {
+            choices.push(UnderlayChoice::Automatic);
+        } else if let Ok(address) = text.parse() {
             choices.push(UnderlayChoice::Address(address));
         } else if let Some(device) = problems.parsed(flag::IFACE, text, "the name of a device or an address") {
             choices.push(UnderlayChoice::Device(device));
@@ -340,6 +352,8 @@ fn underlay(given: &Given, public: Option<Stack<Ipv4Addr, Ipv6Addr>>, problems: 
     }
     for text in given.list(flag::IFACE_REGEX) {
         match Pattern::new(text) {
+            // It would fit whatever device comes first.
+            Ok(_) if text.is_empty() => choices.push(UnderlayChoice::Automatic),
             Ok(pattern) => choices.push(UnderlayChoice::Matching(pattern)),
             Err(error) => problems.add(flag::IFACE_REGEX, error.to_string()),
         }
@@ -443,6 +457,32 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_device_is_that_of_the_default_route() {
+        assert_eq!(options("--iface=").underlay, UnderlayChoice::Automatic);
+        assert_eq!(options("--iface-regex=").underlay, UnderlayChoice::Automatic, "and not the first that there is");
+        assert_eq!(options("--iface-can-reach=").underlay, UnderlayChoice::Automatic);
+        let device = UnderlayChoice::Device("eth0".parse().unwrap());
+        let expected = UnderlayChoice::FirstOf(vec![device, UnderlayChoice::Automatic]);
+        assert_eq!(options("--iface=eth0 --iface-regex=").underlay, expected);
+    }
+
+    #[test]
+    fn what_etcds_flags_say_is_what_the_store_is_told() {
+        let said = "--etcd-endpoints=https://a:2379/,https://b:2379 --etcd-prefix=/x --etcd-cafile=/a --etcd-certfile=/c \
+                    --etcd-keyfile=/k --etcd-username=me --etcd-password=secret";
+        let expected = EtcdFlags {
+            endpoints: vec!["https://a:2379".to_owned(), "https://b:2379".to_owned()],
+            prefix: "/x".to_owned(),
+            key: Some("/k".into()),
+            certificate: Some("/c".into()),
+            authority: Some("/a".into()),
+            user: Some("me".to_owned()),
+            password: Some(Password("secret".to_owned())),
+        };
+        assert_eq!(options(&format!("--subnets=etcd {said}")).store, StoreChoice::Etcd(expected));
+    }
+
+    #[test]
     fn what_cannot_be_is_an_error_that_says_what_to_use() {
         for (arguments, expected) in [
             ("--kube-subnet-mgr", "needs the feature kubernetes"),
@@ -502,6 +542,19 @@ mod tests {
         };
         assert!(read(&["-subnets=file=/x"]));
         assert!(!read(&["-subnets=file=/x", "-ip-masq=false"]));
+    }
+
+    #[test]
+    fn a_version_in_the_environment_is_no_question_for_it() {
+        for value in ["true", "v0.28.9"] {
+            let variable = |name: &str| (name == "FLANNELD_VERSION").then(|| value.to_owned());
+            let read = Options::read(["-subnets=file=/x"].iter().map(OsString::from), variable);
+            assert_eq!(
+                read.map(|options| options.mode).unwrap(),
+                Mode::Daemon,
+                "{value}: as flanneld, which looks at the flag before"
+            );
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use podnet::backend::{
     AdmittedPeer, Backend, BackendError, Capabilities, Device, NodeView, OfferContext, Underlay, Unreachable,
 };
@@ -17,6 +18,7 @@ use podnet::driver::sysctl::SysctlDriver;
 use podnet::driver::{ChangeStream, Driver, DriverError, NetworkNamespace, Observed, Scope, UnitResult};
 use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, LeaseEvent, Offer};
 use podnet::plan::{Domain, Object, Plan, UnitPlan};
+use podnet::subnet::allocation::fits;
 use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use podnet::types::{Family, Mtu, NodeName, Stack};
 use podnet::{Error, Overlay, Shutdown};
@@ -180,13 +182,25 @@ impl ReadOnly {
     }
 }
 
-/// Whether a lease is this node's: by its name, or by the address where it stands.
+/// Whether a lease is this node's: by its name, or by the address where it stands. A store without names calls it by that address, with its
+/// subnet where the node has several.
 fn is_own(lease: &Lease, request: &LeaseRequest) -> bool {
+    let address = match request.underlay {
+        Stack::V4(v4) | Stack::Dual(v4, _) => v4.to_string(),
+        Stack::V6(v6) => v6.to_string(),
+    };
+    let named = lease.node.as_str().split('+').next() == Some(&address);
     let at = |endpoints: &Stack<Endpoint<Ipv4Addr>, Endpoint<Ipv6Addr>>| match (endpoints.v4(), request.underlay.v4()) {
         (Some(endpoint), Some(own)) => endpoint.public_ip == *own,
         _ => endpoints.v6().zip(request.underlay.v6()).is_some_and(|(endpoint, own)| endpoint.public_ip == *own),
     };
-    lease.node == request.node || lease.offers.iter().any(|offer| at(&offer.endpoints))
+    lease.node == request.node || named || lease.offers.iter().any(|offer| at(&offer.endpoints))
+}
+
+fn words(subnets: &Stack<Ipv4Network, Ipv6Network>) -> String {
+    let all: Vec<String> =
+        subnets.v4().map(ToString::to_string).into_iter().chain(subnets.v6().map(ToString::to_string)).collect();
+    all.join(" and ")
 }
 
 #[async_trait]
@@ -197,16 +211,21 @@ impl SubnetManager for ReadOnly {
 
     async fn acquire(&self, request: &LeaseRequest) -> Result<OwnedLease, SubnetError> {
         // Where subnets are assigned, asking takes nothing. Where they are allocated it would: there the lease that is held counts.
-        if self.store.network().await?.allocation().is_none() {
-            return self.store.acquire(request).await;
-        }
+        let network = self.store.network().await?;
+        let Some(ranges) = network.allocation() else { return self.store.acquire(request).await };
         let mut leases = self.store.watch(&request.node).await?;
         while let Some(event) = leases.next().await {
             if let LeaseEvent::Snapshot(leases) = event? {
-                let Some(lease) = leases.into_iter().find(|lease| is_own(lease, request)) else {
+                // The oldest comes first.
+                let own = leases.into_iter().filter(|lease| is_own(lease, request));
+                let (fit, unfit): (Vec<_>, Vec<_>) = own.partition(|lease| fits(ranges, &lease.subnets));
+                let Some(lease) = fit.into_iter().next() else {
+                    let held = unfit.first().map_or("none".to_owned(), |lease| {
+                        format!("{}, which does not fit the network any more", words(&lease.subnets))
+                    });
                     return Err(SubnetError::Unavailable {
                         attempted: "plan with this node's lease".to_owned(),
-                        reason: "it holds none, and a dry run takes none: only the daemon does".to_owned(),
+                        reason: format!("it holds {held}, and a dry run takes none: only the daemon does"),
                     });
                 };
                 let alias = self.alias.get_or_init(|| lease.node.clone());

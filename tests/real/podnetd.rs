@@ -101,12 +101,22 @@ impl Daemon {
 
     /// The code and the body of a page; `None` while nobody answers.
     pub fn get(&self, page: &str) -> Option<(u16, String)> {
-        let mut stream = UnixStream::connect(&self.socket).ok()?;
-        write!(stream, "GET {page} HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
+        let answer = self.ask("GET", page)?;
         let (head, body) = answer.split_once("\r\n\r\n")?;
         Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    }
+
+    /// What stands before a page.
+    pub fn head(&self, page: &str) -> Option<String> {
+        self.ask("HEAD", page)
+    }
+
+    fn ask(&self, method: &str, page: &str) -> Option<String> {
+        let mut stream = UnixStream::connect(&self.socket).ok()?;
+        write!(stream, "{method} {page} HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
     }
 
     /// Waits for a page that is as it should be.

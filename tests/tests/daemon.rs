@@ -22,6 +22,10 @@ use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, pau
 use podnet_tests::real::{self, DEVICE, assert_same};
 use tempfile::TempDir;
 
+#[path = "tls/authority.rs"]
+mod authority;
+use authority::Authority;
+
 macro_rules! tests {
     ($($name:ident),* $(,)?) => {
         const TESTS: &[(&str, Test)] = &[$((stringify!($name), || Box::pin($name()))),*];
@@ -36,6 +40,9 @@ tests! {
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
     leases_in_etcd_are_taken_planned_with_and_given_back,
+    a_plan_over_etcd_is_with_the_lease_that_the_daemon_would_take,
+    etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_say,
+    the_device_the_address_and_the_rules_are_what_flannelds_flags_say,
     remove_leaves_nothing_with_the_store_and_without_it,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
@@ -184,6 +191,13 @@ async fn subnet_env_and_the_probes_say_the_truth_in_both_families() {
     assert_eq!(daemon.get("/nothing").map(|(code, _)| code), Some(404));
     let socket = fs::metadata(stage.socket(0)).unwrap().permissions().mode() & 0o777;
     assert_eq!(socket, 0o600, "for root alone");
+    for (page, kind) in [
+        ("/healthz", "text/plain; charset=utf-8"),
+        ("/status", "application/json"),
+        ("/metrics", "text/plain; version=0.0.4; charset=utf-8"),
+    ] {
+        assert!(daemon.head(page).unwrap().contains(&format!("\r\nContent-Type: {kind}\r\n")), "{page}");
+    }
     let (code, metrics) = daemon.get("/metrics").unwrap();
     assert_eq!(code, 200);
     let samples = parse_metrics(&metrics);
@@ -491,6 +505,196 @@ async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
     let held: Vec<String> = keys.list(subnets).await.into_iter().map(|shown| shown.key).collect();
     assert_eq!(held, [format!("{subnets}/10.42.1.0-24")]);
     assert_same(&before, &eye.settled());
+}
+
+/// After the network has changed is when somebody asks what a restart would do.
+async fn a_plan_over_etcd_is_with_the_lease_that_the_daemon_would_take() {
+    if etcd::missing("a_plan_over_etcd_is_with_the_lease") {
+        return;
+    }
+    let stage = Stage::v4(1).await;
+    let members = etcd::Etcd::single().await;
+    let mut keys = members.eye().await;
+    let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.8.0", "Backend": {"Type": "vxlan"}}"#;
+    keys.put("/coreos.com/network/config", config, None).await;
+    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+    carry(stage.lab.outside().netns(), at, members.address(0)).await;
+    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let flags = ["--subnets=etcd", &endpoint, "--timeout=3"];
+    let plan = || said(&stage.run(0, &[&flags[..], &["--plan"]].concat()));
+    let bare = format!(r#"{{"PublicIP":"{}"}}"#, stage.lab.nodes()[0].ip());
+    let published =
+        bare.replace('}', r#","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}"#);
+    let key = |number: u8| format!("/coreos.com/network/subnets/10.42.{number}.0-24");
+
+    // The oldest lies outside of what the network gives now.
+    for number in [7, 9] {
+        keys.put(&key(number), &published, Some(600)).await;
+    }
+    let text = plan();
+    assert!(text.contains("FLANNEL_SUBNET=10.42.9.1/24"), "{text}");
+    keys.delete(&key(9)).await;
+    let text = plan();
+    assert!(text.contains("10.42.7.0/24, which does not fit the network any more"), "{text}");
+    keys.put(&key(12), &bare, None).await;
+    let text = plan();
+    assert!(text.contains("FLANNEL_SUBNET=10.42.12.1/24"), "a reservation: {text}");
+
+    let daemon = stage.start_with(0, stage.command(0, &flags));
+    daemon.until_ready();
+    assert!(fs::read_to_string(stage.subnet_file(0)).unwrap().contains("FLANNEL_SUBNET=10.42.12.1/24\n"));
+    assert_eq!(plan(), "Nothing to change.\n");
+}
+
+/// Certificates on the command line, user and password from the environment, a prefix that must be cleaned.
+async fn etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_say() {
+    use etcd_client::{Certificate, Client, ConnectOptions, GetOptions, Identity, Permission, TlsOptions};
+
+    if etcd::missing("etcd_is_reached_with_certificates_user_and_password") {
+        return;
+    }
+    let stage = Stage::v4(1).await;
+    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+    let authority = Authority::new();
+    let path = |name: &str| stage.folder.path().join(name).display().to_string();
+    for (name, (certificate, key)) in [
+        ("server", authority.issue(&["127.0.0.1", &at.ip().to_string()], false)),
+        ("client", authority.issue(&["client"], false)),
+    ] {
+        fs::write(path(&format!("{name}.pem")), certificate).unwrap();
+        fs::write(path(&format!("{name}.key")), key).unwrap();
+    }
+    fs::write(path("ca.pem"), authority.pem()).unwrap();
+    let members = etcd::Etcd::with_tls(&[
+        format!("--cert-file={}", path("server.pem")),
+        format!("--key-file={}", path("server.key")),
+        format!("--trusted-ca-file={}", path("ca.pem")),
+        "--client-cert-auth=true".to_owned(),
+    ])
+    .await;
+    carry(stage.lab.outside().netns(), at, members.address(0)).await;
+    let read = |name: &str| fs::read(path(name)).unwrap();
+    let identity = Identity::from_pem(read("client.pem"), read("client.key"));
+    let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("ca.pem"))).identity(identity);
+    let connect = ConnectOptions::new().with_tls(tls);
+    let mut client = Client::connect(members.endpoints(), Some(connect.clone())).await.unwrap();
+    client
+        .put("/of/cluster/config", r#"{"Network": "10.42.0.0/16", "Backend": {"Type": "vxlan"}}"#, None)
+        .await
+        .unwrap();
+    let (all, prefixed) = (Permission::read_write("/of/cluster/").with_prefix(), GetOptions::new().with_prefix());
+    for (user, password, role) in [("root", "root's", "root"), ("node", "hunter2", "podnet")] {
+        client.role_add(role).await.unwrap();
+        client.user_add(user, password, None).await.unwrap();
+        client.user_grant_role(user, role).await.unwrap();
+    }
+    client.role_grant_permission("podnet", all).await.unwrap();
+    client.auth_enable().await.unwrap();
+    let mut root = Client::connect(members.endpoints(), Some(connect.with_user("root", "root's"))).await.unwrap();
+
+    let command = |password: &str, client: &str| {
+        let mut command = stage.command(
+            0,
+            &[
+                "--subnets=etcd",
+                &format!("--etcd-endpoints=https://{at}/"),
+                "-etcd-prefix",
+                "/of//cluster/",
+                &format!("-etcd-cafile={}", path("ca.pem")),
+                "--etcd-certfile",
+                &path(&format!("{client}.pem")),
+                &format!("--etcd-keyfile={}", path(&format!("{client}.key"))),
+                "-v=4",
+            ],
+        );
+        command.env("FLANNELD_ETCD_USERNAME", "node").env("FLANNELD_ETCD_PASSWORD", password);
+        command
+    };
+    let refused = stage.start_with(0, command("wrong-one", "client"));
+    refused.until("/readyz", |code, body| code == 503 && body.contains("check the user and the password for etcd"));
+    drop(refused);
+    let (stranger, key) = Authority::new().issue(&["client"], false);
+    fs::write(path("stranger.pem"), stranger).unwrap();
+    fs::write(path("stranger.key"), key).unwrap();
+    let refused = stage.start_with(0, command("hunter2", "stranger"));
+    refused.until("/readyz", |code, body| code == 503 && body.contains("configuration cannot be read"));
+    assert!(root.get("/of/cluster/subnets", Some(prefixed.clone())).await.unwrap().kvs().is_empty());
+    drop(refused);
+
+    let daemon = stage.start_with(0, command("hunter2", "client"));
+    daemon.until_ready();
+    let held = root.get("/of/cluster/subnets", Some(prefixed)).await.unwrap();
+    let value = String::from_utf8_lossy(held.kvs()[0].value()).into_owned();
+    let start = format!(r#"{{"PublicIP":"{}","PublicIPv6":null,"BackendType":"vxlan","#, stage.lab.nodes()[0].ip());
+    assert!(held.kvs().len() == 1 && value.starts_with(&start), "{value}");
+    assert!(daemon.log().contains("TRACE") && !daemon.log().contains("hunter2"), "the log of -v=4 holds no password");
+
+    // A store that hangs does not keep it.
+    members.freeze(0);
+    let begun = Instant::now();
+    assert_eq!(daemon.stop(), Some(0));
+    assert!(begun.elapsed() < real::slower(std::time::Duration::from_secs(1)), "{:?}", begun.elapsed());
+    members.thaw(0);
+}
+
+/// Each flag must make a difference: the node has a second address, which no default leads to.
+async fn the_device_the_address_and_the_rules_are_what_flannelds_flags_say() {
+    let stage = Stage::v4(1).await;
+    let (node, other) = (&stage.lab.nodes()[0], "10.250.7.1");
+    let (host, usual) = (node.host(), node.ip().to_string());
+    let device = podnet_lab::cluster::UNDERLAY_INTERFACE;
+    host.add_address(device, format!("{other}/24").parse().unwrap()).await.unwrap();
+    let quiet = |flags: &[&str], variables: &[(&str, &str)]| {
+        let mut command = stage.command(0, flags);
+        command.envs(variables.iter().copied());
+        let daemon = stage.start_with(0, command);
+        daemon.until_ready();
+        daemon
+    };
+    type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+    let cases: [Case<'_>; 11] = [
+        (&[], &[], &usual),
+        (&["--iface", device], &[], &usual),
+        (&["-iface", "nothing0", "--iface", other], &[], other),
+        (&["--iface-regex=^10[.]250[.]"], &[], other),
+        (&["--iface-regex="], &[], &usual),
+        (&["--iface-can-reach=10.250.7.9"], &[], other),
+        (&["--public-ip=203.0.113.7"], &[], "203.0.113.7"),
+        (&["--public-ip", other], &[], other),
+        (&[], &[("FLANNELD_IFACE", other)], other),
+        (&["-iface", device], &[("FLANNELD_IFACE", other)], &usual),
+        (&[], &[("FLANNELD_PUBLIC_IP", "203.0.113.7"), ("FLANNELD_VERSION", "v0.28.9")], "203.0.113.7"),
+    ];
+    for (flags, variables, expected) in cases {
+        let daemon = quiet(flags, variables);
+        let leases: serde_json::Value = serde_json::from_slice(&fs::read(stage.leases()).unwrap()).unwrap();
+        let told = &leases["nodes"][stage.name(0)];
+        assert_eq!(told["reached"][0]["PublicIP"], expected, "{flags:?} {variables:?}");
+        assert!(!daemon.log().contains("DEBUG"), "{}", daemon.log());
+        assert_eq!(daemon.stop(), Some(0));
+    }
+
+    let masquerading = |flags: &[&str], variables: &[(&str, &str)]| {
+        let daemon = quiet(flags, variables);
+        let rules =
+            stage.eye(0).settled().with(&["nft ip podnet rule "]).into_iter().map(str::to_owned).collect::<Vec<_>>();
+        let said = fs::read_to_string(stage.subnet_file(0)).unwrap();
+        assert_eq!(daemon.stop(), Some(0));
+        (rules, said.contains("FLANNEL_IPMASQ=true\n"))
+    };
+    let (random, told) = masquerading(&[], &[]);
+    let (kept, _) = masquerading(&["-ip-masq-fully-random-disable"], &[]);
+    let (by_variable, _) = masquerading(&[], &[("FLANNELD_IP_MASQ_FULLY_RANDOM_DISABLE", "1")]);
+    let different = random.iter().zip(&kept).filter(|(one, other)| one != other).count();
+    assert_eq!((told, different, &kept), (true, 2, &by_variable), "two rules of {random:?}");
+    assert_eq!(kept.len(), random.len());
+    let (none, told) = masquerading(&["-ip-masq=F"], &[("FLANNELD_IP_MASQ", "true")]);
+    assert!(none.len() < random.len() && !told, "what the command line says counts: {none:?}");
+
+    let version = podnetd().arg("-version").output().unwrap();
+    assert_eq!(version.status.code(), Some(0));
+    let number = said(&version).strip_prefix("podnetd ").map(|rest| rest.trim_end().split('.').count());
+    assert_eq!(number, Some(3), "{}", said(&version));
 }
 
 async fn remove_leaves_nothing_with_the_store_and_without_it() {

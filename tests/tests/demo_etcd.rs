@@ -28,9 +28,12 @@ fn main() -> ExitCode {
     let with_iptables = DemoSpec { masquerade: Masquerade::Iptables, ..on_etcd(DemoBackend::Vxlan, Underlay::Gcp, v4) };
     let tests = [
         ("vxlan_in_both_families_on_googles_cloud", on_etcd(DemoBackend::Vxlan, Underlay::Gcp, dual)),
+        ("vxlan_in_ipv4_on_one_ethernet", on_etcd(DemoBackend::Vxlan, Underlay::Lan, v4)),
         ("vxlan_in_ipv4_with_iptables", with_iptables),
         ("host_gw_in_ipv4_on_one_ethernet", on_etcd(DemoBackend::HostGw, Underlay::Lan, v4)),
+        ("host_gw_in_both_families_on_one_ethernet", on_etcd(DemoBackend::HostGw, Underlay::Lan, dual)),
         ("host_gw_in_ipv4_on_googles_cloud", on_etcd(DemoBackend::HostGw, Underlay::Gcp, v4)),
+        ("wireguard_in_ipv4_on_one_ethernet", on_etcd(DemoBackend::WireGuard, Underlay::Lan, v4)),
         ("wireguard_in_both_families_on_one_ethernet", on_etcd(DemoBackend::WireGuard, Underlay::Lan, dual)),
     ];
     for (name, spec) in tests.into_iter().filter(|(name, _)| only.as_ref().is_none_or(|only| name.contains(only))) {

@@ -9,38 +9,10 @@ use podnet::subnet::{LeaseRequest, SubnetManager};
 use podnet::types::{Secret, Stack};
 use podnet_tests::name;
 use podnet_tests::real::etcd::{Etcd, missing, written};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd,
-};
 
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "authority of a test");
-        Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    fn pem(&self) -> String {
-        self.0.pem()
-    }
-
-    /// A certificate and its key.
-    fn issue(&self, names: &[&str], expired: bool) -> (String, String) {
-        let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).unwrap();
-        params.distinguished_name.push(DnType::CommonName, names[0]);
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        if expired {
-            params.not_before = date_time_ymd(2001, 1, 1);
-            params.not_after = date_time_ymd(2002, 1, 1);
-        }
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.0).unwrap();
-        (certificate.pem(), key.serialize_pem())
-    }
-}
+#[path = "tls/authority.rs"]
+mod authority;
+use authority::Authority;
 
 /// An etcd with such a certificate that asks its clients for theirs.
 async fn etcd(folder: &Path, authority: &Authority, names: &[&str], expired: bool) -> Etcd {
@@ -122,7 +94,7 @@ async fn user_and_password_are_checked_and_a_missing_right_is_named() {
     if missing("password") {
         return;
     }
-    let etcd = Etcd::single().await;
+    let mut etcd = Etcd::single().await;
     let mut eye = etcd.eye().await;
     let prefix = "/auth";
     eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
@@ -157,6 +129,7 @@ async fn user_and_password_are_checked_and_a_missing_right_is_named() {
     let mut watch = node.watch(&request.node).await.unwrap();
     assert!(futures::StreamExt::next(&mut watch).await.unwrap().is_ok());
     node.release(&request.node).await.unwrap();
+    let held = node.acquire(&request).await.unwrap();
 
     for (user, part) in [
         (Some(("node", "wrong-one")), "check the user and the password"),
@@ -167,4 +140,19 @@ async fn user_and_password_are_checked_and_a_missing_right_is_named() {
         assert!(error.is_retryable() && error.to_string().contains(part), "{error}");
         assert!(!error.to_string().contains("wrong-one") && !error.to_string().contains("hunter2"), "{error}");
     }
+    // A member that starts anew knows none of the sessions that there were.
+    etcd.stop(0);
+    etcd.start_member(0);
+    let begun = std::time::Instant::now();
+    let renewed = loop {
+        match node.renew(&request.node).await {
+            Ok(renewed) => break renewed,
+            Err(error) => assert!(error.is_retryable() && begun.elapsed() < Duration::from_secs(40), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!(renewed.lease, held.lease);
+    drop(watch);
+    let mut watch = node.watch(&request.node).await.unwrap();
+    assert!(futures::StreamExt::next(&mut watch).await.unwrap().is_ok());
 }

@@ -272,6 +272,46 @@ async fn changes_that_etcd_has_forgotten_are_made_good_by_a_new_snapshot() {
     assert_eq!(next(&mut watch).await, LeaseEvent::Remove(name(&address(4))));
 }
 
+/// flannel's other two cases: a lease that is still the node's, and one that is not, where etcd has forgotten what happened to it.
+#[tokio::test]
+async fn what_happened_to_the_own_lease_is_told_also_where_etcd_has_forgotten_it() {
+    if missing("own_forgotten") {
+        return;
+    }
+    let (etcd, prefix) = (Etcd::single().await, "/own-forgotten");
+    let mut eye = configured(&etcd, prefix).await;
+    let (me, node) = (etcd.store(prefix), name("node-1"));
+    for how in ["renewed", "deleted", "overwritten"] {
+        let owned = me.acquire(&request(1)).await.unwrap();
+        let key = format!("{prefix}/subnets/{}", podnet::flannel::subnet_key::format(&owned.lease.subnets).unwrap());
+        let value = eye.only(&key).await.value;
+        let mut watch = me.watch(&node).await.unwrap();
+        assert!(snapshot(&mut watch).await.is_empty());
+        // Nobody has asked for the changes yet.
+        match how {
+            "renewed" => drop(eye.put(&key, &value, Some(600)).await),
+            "deleted" => eye.delete(&key).await,
+            _ => drop(eye.put(&key, &peer(prefix, 7).1, Some(600)).await),
+        }
+        eye.put(&format!("{prefix}/subnets/nonsense"), "", None).await;
+        eye.compact().await;
+        let told = snapshot(&mut watch).await;
+        if how == "renewed" {
+            assert!(told.is_empty() && watch.next().now_or_never().is_none(), "{told:?}");
+            assert!(me.renew(&node).await.is_ok());
+            continue;
+        }
+        assert_eq!(names(&told), if how == "deleted" { vec![] } else { vec![address(7)] });
+        let LeaseEvent::Own(OwnLease::Lost(reason)) = next(&mut watch).await else { panic!("it is lost: {how}") };
+        assert!(reason.contains(if how == "deleted" { "gone" } else { "overwritten by" }), "{reason}");
+        not_held(&me, &node).await;
+    }
+}
+
+async fn not_held(store: &EtcdSubnets, node: &NodeName) {
+    assert!(matches!(store.renew(node).await, Err(SubnetError::NotHeld { .. })));
+}
+
 #[tokio::test]
 async fn a_deletion_at_the_very_revision_that_is_compacted_to_is_told() {
     if missing("compacted_to") {
