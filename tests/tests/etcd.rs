@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use podnet::flannel::subnet_key;
-use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, Offer};
+use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, LeaseEvent, Offer};
 use podnet::subnet::etcd::{EtcdOptions, EtcdSubnets};
 use podnet::subnet::{LeaseRequest, SubnetError, SubnetManager};
 use podnet::types::Stack;
@@ -223,6 +224,46 @@ async fn a_reservation_stays_for_ever() {
     let shown = stage.eye.only(&key).await;
     assert_eq!((shown.value.as_str(), shown.lease), (r#"{"PublicIP":"10.240.0.1","PublicIPv6":null}"#, 0));
     assert_eq!(subnet(&stage.store().acquire(&request(1)).await.unwrap().lease), "10.42.9.0/24");
+}
+
+#[tokio::test]
+async fn a_reservation_that_does_not_fit_the_network_stays_unused_and_is_taken_once_it_fits() {
+    let Some(mut stage) = Stage::new("unfit_reservation", CONFIG).await else { return };
+    let key = stage.key("10.42.9.0-24");
+    stage.eye.put(&key, r#"{"PublicIP":"10.240.0.1"}"#, None).await;
+    let node = name("node-1");
+    let store = stage.store();
+    store.acquire(&request(1)).await.unwrap();
+    store.publish(&node, &[offer(1, 1)]).await.unwrap();
+
+    // Somebody's mistake: while it lasts the node has another subnet, and the reserved one leads nowhere.
+    stage.eye.put(&format!("{}/config", stage.prefix), r#"{"Network":"10.99.0.0/16"}"#, None).await;
+    let store = stage.store();
+    let elsewhere = store.acquire(&request(1)).await.unwrap();
+    assert!(subnet(&elsewhere.lease).starts_with("10.99."), "{elsewhere:?}");
+    store.publish(&node, &[offer(1, 1)]).await.unwrap();
+    let kept = stage.eye.only(&key).await;
+    assert_eq!((kept.value.as_str(), kept.lease), (r#"{"PublicIP":"10.240.0.1","PublicIPv6":null}"#, 0));
+    let mut told = store.watch(&name("node-2")).await.unwrap();
+    let Some(Ok(LeaseEvent::Snapshot(leases))) = told.next().await else { panic!("a snapshot") };
+    let told: Vec<_> = leases.iter().map(|lease| (lease.node.as_str(), subnet(lease), lease.offers.len())).collect();
+    assert!(told.contains(&("10.240.0.1", subnet(&elsewhere.lease), 1)), "the name is the living one's: {told:?}");
+    assert!(told.contains(&("10.240.0.1+10.42.9.0/24", "10.42.9.0/24".to_owned(), 0)), "{told:?}");
+    assert_eq!(told.len(), 2);
+    // A restart is no third.
+    assert_eq!(stage.store().acquire(&request(1)).await.unwrap().lease.subnets, elsewhere.lease.subnets);
+
+    stage.eye.put(&format!("{}/config", stage.prefix), CONFIG, None).await;
+    let back = stage.store().acquire(&request(1)).await.unwrap();
+    assert_eq!((subnet(&back.lease).as_str(), back.remaining), ("10.42.9.0/24", None));
+
+    // With a family more it does not fit, and no other key may take its subnet.
+    let both = r#"{"Network":"10.42.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#;
+    stage.eye.put(&format!("{}/config", stage.prefix), both, None).await;
+    let previous = Some(back.lease.subnets);
+    let dual = stage.store().acquire(&LeaseRequest { previous, ..dual(1) }).await.unwrap();
+    assert_ne!(dual.lease.subnets.v4(), back.lease.subnets.v4());
+    assert_eq!(stage.eye.only(&key).await.lease, 0);
 }
 
 #[tokio::test]

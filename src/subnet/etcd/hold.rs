@@ -22,6 +22,8 @@ use crate::types::{NodeName, Stack};
 
 type Ranges = Stack<SubnetRange<Ipv4Addr>, SubnetRange<Ipv6Addr>>;
 type Subnets = Stack<Ipv4Network, Ipv6Network>;
+/// A key that bears this node's address, and what it says.
+type Own = (Kv, Entry);
 
 /// How often another node may be quicker before the caller's back-off has its turn.
 const ROUNDS: u32 = 40;
@@ -86,12 +88,14 @@ impl Inner {
                 Ok(held.map(|held| self.owners.hold(&request.node, held)))
             }
             None => {
+                let (reserved, unfit): (Vec<_>, Vec<_>) = unfit.into_iter().partition(|(kv, _)| kv.lease == 0);
+                // They stay, and so do their subnets: nobody else may have them, nor this node twice.
+                reserved.iter().for_each(|(_, entry)| taken.insert(&entry.subnets));
                 let subnets = {
                     let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
                     allocate(ranges, request.previous.as_ref(), &taken, |n| random.below(n))?
                 };
-                let unfit: Vec<Kv> = unfit.into_iter().map(|(kv, _)| kv).collect();
-                self.create(request, subnets, &unfit, listing.revision).await
+                self.create(request, subnets, (&unfit, &reserved), listing.revision).await
             }
         }
     }
@@ -148,13 +152,13 @@ impl Inner {
         Ok(Ok(held))
     }
 
-    /// Creates a key, if nobody has one for these subnets, and deletes those of this node that no longer fit. `None`: somebody was
-    /// quicker.
+    /// Creates a key, if nobody has one for these subnets, and deletes those of this node that no longer fit; its reservations
+    /// among them stay, without a way to reach the node. `None`: somebody was quicker.
     async fn create(
         &self,
         request: &LeaseRequest,
         subnets: Subnets,
-        unfit: &[Kv],
+        (unfit, reserved): (&[Own], &[Own]),
         listed: i64,
     ) -> Result<Option<OwnedLease>, SubnetError> {
         let object = || format!("the subnet that node {} would get", request.node);
@@ -165,9 +169,9 @@ impl Inner {
 
         // All keys of this IPv4 subnet, with whatever IPv6 subnet, begin like this.
         let of_v4 = key.split('&').next().unwrap_or(&key).to_owned();
-        let replaced = unfit.iter().any(|kv| kv.key.starts_with(&of_v4));
-        let mut when: Vec<Condition> =
-            unfit.iter().map(|kv| Condition::Unchanged { key: kv.key.clone(), revision: kv.mod_revision }).collect();
+        let replaced = unfit.iter().any(|(kv, _)| kv.key.starts_with(&of_v4));
+        let unchanged = |(kv, _): &Own| Condition::Unchanged { key: kv.key.clone(), revision: kv.mod_revision };
+        let mut when: Vec<Condition> = unfit.iter().chain(reserved).map(unchanged).collect();
         when.push(if subnets.v6().is_some() || replaced {
             // A key does not begin with its IPv6 subnet: that nobody took it is only sure if nobody took any.
             Condition::NoneCreatedSince { prefix: self.subnets.clone(), revision: listed }
@@ -175,7 +179,11 @@ impl Inner {
             Condition::NoneBeginsWith(of_v4)
         });
         let granted = self.grant().await?;
-        let mut then: Vec<Operation> = unfit.iter().map(|kv| Operation::Delete { key: kv.key.clone() }).collect();
+        let mut then: Vec<Operation> = unfit.iter().map(|(kv, _)| Operation::Delete { key: kv.key.clone() }).collect();
+        for (kv, entry) in reserved.iter().filter(|(_, entry)| !entry.value.offers.is_empty()) {
+            let value = Value::encode(&entry.value.underlay, &[]).map_err(invalid)?;
+            then.push(Operation::Put { key: kv.key.clone(), value, lease: 0 });
+        }
         then.push(Operation::Put { key: key.clone(), value: text.clone(), lease: granted.id });
         let transaction = Transaction { when, then, otherwise_read: key.clone() };
 
@@ -194,8 +202,11 @@ impl Inner {
             }
             Answer::NoSuchLease => return Err(vanished(&attempted)),
         };
-        for kv in unfit {
+        for (kv, _) in unfit {
             tracing::info!(node = %request.node, key = kv.key, "deleted: it does not fit the network any more");
+        }
+        for (kv, _) in reserved {
+            tracing::warn!(node = %request.node, key = kv.key, "a reservation that does not fit the network is not used");
         }
         let held = Held {
             key,

@@ -60,7 +60,8 @@ pub fn write_value(underlay: &Stack<Ipv4Addr, Ipv6Addr>, offers: &[Offer]) -> Re
 /// - `PREFIX/subnets/10.5.34.0-24` (`10.5.34.0-24&fc00:0:0:5::-64` with both families) is a lease: its value is flannel's
 ///   [lease attributes](crate::flannel::lease_attrs), and it ends with the etcd lease that it is attached to. Such a key says no
 ///   IPv6 subnet alone: a network of IPv6 alone is [`SubnetError::Invalid`].
-/// - A key without an etcd lease is a reservation: it is the node's whose address it says, and it stays.
+/// - A key without an etcd lease is a reservation: it is the node's whose address it says, and it stays. One that does not fit the
+///   configuration (another range, a family more) is not used: the node gets another subnet while that is so.
 ///
 /// flannel's value says one way to reach a node. Where a node publishes several, the first is written as flannel writes it and the
 /// others stand under a key, `OtherOffers`, that flannel passes over.
@@ -69,7 +70,7 @@ pub fn write_value(underlay: &Stack<Ipv4Addr, Ipv6Addr>, offers: &[Offer]) -> Re
 ///
 /// etcd knows no node names. A node is its address on the underlay: `PublicIP`, or `PublicIPv6` where there is no `PublicIP`.
 /// Other nodes are told by that address as their name, and this node by its own. If two keys say one address, the key that was created
-/// first bears the name, the others are called `ADDRESS+SUBNET`, and [admission](crate::admission) lets the oldest in. A lease's
+/// first bears the name (a reservation that is not in use comes last), the others are called `ADDRESS+SUBNET`, and [admission](crate::admission) lets the oldest in. A lease's
 /// precedence is the revision in which its key was created. So two nodes must not have one address, as in flannel: behind one
 /// translated address they would take each other's lease for their own.
 ///

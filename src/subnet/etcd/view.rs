@@ -21,13 +21,16 @@ pub(super) struct Entry {
     pub(super) subnets: Stack<Ipv4Network, Ipv6Network>,
     pub(super) value: Value,
     pub(super) create_revision: i64,
+    /// It is kept for a node and not in use: it has no etcd lease and offers nothing.
+    idle: bool,
 }
 
 /// What a key says; `Err` says why it is no lease.
 pub(super) fn read(kv: &Kv) -> Result<Entry, String> {
     let subnets = subnet_key::parse(&kv.key).ok_or("its key says no subnet")?;
     let value = Value::decode(&kv.value)?;
-    Ok(Entry { subnets, value, create_revision: kv.create_revision })
+    let idle = kv.lease == 0 && value.offers.is_empty();
+    Ok(Entry { subnets, value, create_revision: kv.create_revision, idle })
 }
 
 /// All leases as one node is told them.
@@ -129,7 +132,9 @@ impl View {
         let mut now = BTreeMap::new();
         let keys = self.groups.get(&identity).into_iter().flatten();
         let entries = keys.filter_map(|(_, key)| Some((key, self.keys.get(key)?)));
-        let entries = entries.filter(|(key, entry)| !self.is_own(key, entry));
+        let mut entries: Vec<_> = entries.filter(|(key, entry)| !self.is_own(key, entry)).collect();
+        // A reservation that is not in use leaves the name to the lease that is.
+        entries.sort_by_key(|(_, entry)| entry.idle);
         for (key, entry) in entries {
             let plain = identity.to_string().parse::<NodeName>();
             let name = plain.ok().filter(|name| *name != self.node && !now.contains_key(name));
