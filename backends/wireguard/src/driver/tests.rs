@@ -421,6 +421,17 @@ fn where_wireguard_found_a_peer_by_itself_is_kept_until_another_place_is_publish
         assert_eq!(now, Some(if stays { endpoint(502) } else { endpoint(2) }), "{age} s");
         assert!(rig.converge().is_empty());
     }
+    // For as long as it lives: what was published while nobody looked is taken when it has died.
+    roam(503, Some(10));
+    rig.memory = Memory::default();
+    rig.converge();
+    assert_eq!(rig.state().peers[&key(1)].endpoint, Some(endpoint(503)));
+    roam(503, Some(3600));
+    rig.converge();
+    assert_eq!(rig.state().peers[&key(1)].endpoint, Some(endpoint(2)), "nobody vouches for the other place");
+    // From then on it is as always.
+    roam(504, Some(3600));
+    assert!(rig.converge().is_empty());
     // One that leaves is forgotten, and begins anew.
     rig.want(1, subnet(1), None);
     rig.converge();
