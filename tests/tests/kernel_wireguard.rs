@@ -3,6 +3,7 @@
 //!
 //! Captures are the witness here, and the one that must find nothing is shown to find something once podnet's guard is gone.
 
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -266,7 +267,8 @@ async fn fault_19_flannels_wireguard_is_taken_over_with_its_session_and_guarded_
     // As flannel leaves it when it is killed. It has the kernel's alone.
     let (host, device) = (cluster.host(0).clone(), cluster.seats[0].device.clone());
     if host.handle().link().add(LinkWireguard::new(&device).build()).execute().await.is_err() {
-        println!("skipped: flannel's device: the kernel has no WireGuard, and flannel uses no other");
+        let reason = "the kernel has no WireGuard, and flannel uses no other";
+        let _ = std::io::stderr().write_all(format!("skipped: flannel's device: {reason}\n").as_bytes());
         return;
     }
     let private = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=";
