@@ -16,6 +16,7 @@ use podnet::types::{Family, Stack};
 use podnet_lab::cluster::{UNDERLAY_INTERFACE, gateway};
 use podnet_lab::probe::{Capture, Frame, PingOptions, PingStream, ping};
 use podnet_lab::{Families, Host, LabSpec, Netns, Route, Underlay, wait_until};
+use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::nft::{IPV4, IPV6, commit, delete_table, rules};
 use podnet_tests::real::wireguard::{Cluster, PATIENCE, is_boringtun, skipped, wg, wg_set};
 use podnet_tests::real::{self, DEVICE, connected, slower};
@@ -256,6 +257,38 @@ async fn invariant_10_what_an_unencrypted_overlay_left_is_gone_before_the_first_
     let report = capture.report();
     let plain = report.frames.iter().find(|f| is_plain(f) && f.direction == podnet_lab::probe::Direction::Out);
     assert!(plain.is_none() && report.frames.iter().any(is_sealed), "{plain:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_flannels_own_vxlan_is_taken_down_while_no_lease_is_known() {
+    if skipped("after flannel's VXLAN").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let macs = [[2, 0, 0, 0, 1, 0], [2, 0, 0, 0, 1, 1]];
+    let spec = cluster.lab.spec().clone();
+    for (index, mac) in macs.into_iter().enumerate() {
+        let host = cluster.host(index);
+        let IpAddr::V4(local) = cluster.lab.nodes()[index].ip() else { unreachable!() };
+        flannels_device(host, mac, local.octets(), (1, 8472), spec.mtu() - 50).await;
+        let own = spec.subnets(index).v4().copied().unwrap().network();
+        host.add_address(DEVICE, ipnetwork::IpNetwork::from(IpAddr::from(own))).await.unwrap();
+        host.set_up(DEVICE).await.unwrap();
+        let other = 1 - index;
+        let subnet = spec.subnets(other).v4().copied().unwrap();
+        flannels_peer(host, subnet.into(), macs[other], cluster.lab.nodes()[other].ip()).await;
+    }
+    cluster.assert_talk(0, 1).await;
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    cluster.subnets.faults().fail_next(Call::Acquire, usize::MAX, away);
+    start_encrypted(&mut cluster, 0).await;
+    cluster.eye(0).until_lacks(&[&format!("link {DEVICE} ")]);
+    cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, is_plain).await.unwrap();
+    assert_eq!(cluster.answered(0, 1, Family::V4).await, 0);
+    let report = capture.report();
+    assert!(report.frames.is_empty(), "{:?}", report.frames.first());
 }
 
 #[tokio::test(flavor = "multi_thread")]
