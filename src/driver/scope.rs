@@ -103,6 +103,11 @@ impl Scope {
         self.adopt && (self.devices.contains(name) || flannels())
     }
 
+    /// The same for a device that a backend's own driver makes. flannel has one such kind, the kernel's WireGuard.
+    pub fn adopts_served(&self, name: &DeviceName, kind: &str) -> bool {
+        self.adopt && kind == "wireguard" && self.served.contains(name)
+    }
+
     /// Whether a route of others is part of the host's view by itself: default routes, connected networks and all others
     /// without a gateway, what meets a cluster network, and ways to the addresses that are asked for.
     ///

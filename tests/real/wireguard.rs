@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -38,7 +39,8 @@ pub async fn skipped(test: &str) -> bool {
     let lacking = lacking().await;
     if let Some(reason) = &lacking {
         assert!(!kernel_required(), "{test}: {reason}");
-        println!("skipped: {test}: {reason}");
+        // Past libtest, which would swallow it; in one piece, since other tests write too.
+        let _ = std::io::stderr().write_all(format!("skipped: {test}: {reason}\n").as_bytes());
     }
     lacking.is_some()
 }

@@ -3,6 +3,7 @@
 //!
 //! Captures are the witness here, and the one that must find nothing is shown to find something once podnet's guard is gone.
 
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -15,11 +16,12 @@ use podnet::types::{Family, Stack};
 use podnet_lab::cluster::{UNDERLAY_INTERFACE, gateway};
 use podnet_lab::probe::{Capture, Frame, PingOptions, PingStream, ping};
 use podnet_lab::{Families, Host, LabSpec, Netns, Route, Underlay, wait_until};
+use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::nft::{IPV4, IPV6, commit, delete_table, rules};
-use podnet_tests::real::wireguard::{Cluster, PATIENCE, is_boringtun, skipped, wg};
+use podnet_tests::real::wireguard::{Cluster, PATIENCE, is_boringtun, skipped, wg, wg_set};
 use podnet_tests::real::{self, DEVICE, connected, slower};
 use podnet_tests::{Running, spawn};
-use rtnetlink::RouteMessageBuilder;
+use rtnetlink::{LinkWireguard, RouteMessageBuilder};
 use tokio::task::JoinHandle;
 
 /// Datagrams from a pod to another, one a millisecond, whether they arrive or not. They end with this.
@@ -255,6 +257,87 @@ async fn invariant_10_what_an_unencrypted_overlay_left_is_gone_before_the_first_
     let report = capture.report();
     let plain = report.frames.iter().find(|f| is_plain(f) && f.direction == podnet_lab::probe::Direction::Out);
     assert!(plain.is_none() && report.frames.iter().any(is_sealed), "{plain:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_10_flannels_own_vxlan_is_taken_down_while_no_lease_is_known() {
+    if skipped("after flannel's VXLAN").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let macs = [[2, 0, 0, 0, 1, 0], [2, 0, 0, 0, 1, 1]];
+    let spec = cluster.lab.spec().clone();
+    for (index, mac) in macs.into_iter().enumerate() {
+        let host = cluster.host(index);
+        let IpAddr::V4(local) = cluster.lab.nodes()[index].ip() else { unreachable!() };
+        flannels_device(host, mac, local.octets(), (1, 8472), spec.mtu() - 50).await;
+        let own = spec.subnets(index).v4().copied().unwrap().network();
+        host.add_address(DEVICE, ipnetwork::IpNetwork::from(IpAddr::from(own))).await.unwrap();
+        host.set_up(DEVICE).await.unwrap();
+        let other = 1 - index;
+        let subnet = spec.subnets(other).v4().copied().unwrap();
+        flannels_peer(host, subnet.into(), macs[other], cluster.lab.nodes()[other].ip()).await;
+    }
+    cluster.assert_talk(0, 1).await;
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    cluster.subnets.faults().fail_next(Call::Acquire, usize::MAX, away);
+    start_encrypted(&mut cluster, 0).await;
+    cluster.eye(0).until_lacks(&[&format!("link {DEVICE} ")]);
+    cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, is_plain).await.unwrap();
+    assert_eq!(cluster.answered(0, 1, Family::V4).await, 0);
+    let report = capture.report();
+    assert!(report.frames.is_empty(), "{:?}", report.frames.first());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_19_flannels_wireguard_is_taken_over_with_its_session_and_guarded_from_the_start() {
+    if skipped("flannel's device").await {
+        return;
+    }
+    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    // As flannel leaves it when it is killed. It has the kernel's alone.
+    let (host, device) = (cluster.host(0).clone(), cluster.seats[0].device.clone());
+    if host.handle().link().add(LinkWireguard::new(&device).build()).execute().await.is_err() {
+        let reason = "the kernel has no WireGuard, and flannel uses no other";
+        let _ = std::io::stderr().write_all(format!("skipped: flannel's device: {reason}\n").as_bytes());
+        return;
+    }
+    let private = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=";
+    cluster.seats[0].again(private.parse().unwrap(), |backend| backend);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("wgkey");
+    std::fs::write(&file, private).unwrap();
+    let endpoint = SocketAddr::new(cluster.lab.nodes()[1].ip(), 51_820).to_string();
+    let peer = cluster.key(1).to_string();
+    let file = file.to_str().unwrap();
+    let configured = ["listen-port", "51820", "private-key", file, "peer", &peer, "endpoint", &endpoint];
+    wg_set(cluster.netns(0), &device, &[&configured[..], &["allowed-ips", "10.42.1.0/24"]].concat());
+    host.add_address(&device, "10.42.0.0/32".parse().unwrap()).await.unwrap();
+    host.set_mtu(&device, 1380).await.unwrap();
+    host.set_up(&device).await.unwrap();
+    host.add_route(&Route::onto("10.42.0.0/16".parse().unwrap(), &device)).await.unwrap();
+    let index = host.link(&device).await.unwrap().index;
+
+    let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
+    cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    start_encrypted(&mut cluster, 0).await;
+    cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    let conflicts = cluster.node(0).overlay.status().borrow().conflicts.clone();
+    assert!(conflicts.is_empty(), "{conflicts:?}");
+    cluster.subnets.faults().fail_next(Call::Watch, 0, away);
+    start_encrypted(&mut cluster, 1).await;
+    for index in 0..2 {
+        cluster.node(index).until(connected(1)).await;
+    }
+    cluster.assert_talk(0, 1).await;
+    assert_eq!(host.link(&device).await.unwrap().index, index, "it is the same device");
+    let now = cluster.eye(0).settled();
+    assert!(now.has(&[&format!("link {device} up"), "podnet"]), "{:#?}", now.lines());
+    let ways = now.with(&["route 10.42.0.0/16", &device]);
+    assert!(ways.len() == 1 && ways[0].contains("proto 112"), "{ways:?}");
+    assert_eq!(wg(cluster.netns(0), &device).2.keys().collect::<Vec<_>>(), [&peer]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

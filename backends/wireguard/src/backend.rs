@@ -119,7 +119,8 @@ impl Backend for WireGuard {
 
     fn mtu(&self, underlay: &Underlay, family: Family) -> Result<Mtu, BackendError> {
         let outer = self.mtu.unwrap_or(underlay.mtu);
-        let overhead = self.overhead(family);
+        // A network of IPv6 alone is reached over IPv6 in every mode.
+        let overhead = if underlay.addresses.v4().is_none() { OVERHEAD_V6 } else { self.overhead(family) };
         let least = match family {
             Family::V4 => 68,
             // RFC 8200, section 5.

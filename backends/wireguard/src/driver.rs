@@ -49,15 +49,23 @@ struct Told {
     endpoint: SocketAddr,
     /// It is what the peer published; otherwise what the device had when it was first seen.
     published: bool,
+    /// The device was found with another one, and was not told this: for as long as the session lives that was found with it.
+    on_trust: bool,
 }
 
 impl Memory {
     /// The endpoint by which a peer is to be told: the one that was given where WireGuard may have learnt another since.
     fn endpoint(&mut self, device: &DeviceName, key: PublicKey, peer: &PeerState) -> Option<SocketAddr> {
         let is = peer.endpoint?;
-        let told = self.told.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false });
-        // Without a session nothing can have been learnt: somebody set it.
-        if peer.last_handshake.is_some() { Some(told.endpoint) } else { Some(is) }
+        let told =
+            self.told.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false, on_trust: false });
+        told.on_trust &= told.endpoint != is;
+        match session::state(peer.last_handshake) {
+            // Without a session nothing can have been learnt: somebody set it.
+            SessionState::Never => Some(is),
+            SessionState::Stale if told.on_trust => Some(is),
+            SessionState::Stale | SessionState::Live => Some(told.endpoint),
+        }
     }
 
     /// The endpoint that a device should have when this one is published: the one that it has, or this one.
@@ -68,16 +76,21 @@ impl Memory {
         is: Option<&PeerState>,
         published: SocketAddr,
     ) -> SocketAddr {
-        let told = self.told.insert((device.clone(), key), Told { endpoint: published, published: true });
-        let Some((peer, now)) = is.and_then(|peer| Some((peer, peer.endpoint?))) else { return published };
-        let keeps = match (told, session::state(peer.last_handshake)) {
-            (_, SessionState::Never) => false,
-            (Some(told), _) if told.published => told.endpoint == published,
+        let key = (device.clone(), key);
+        let told = self.told.get(&key).copied();
+        let state = is.map_or(SessionState::Never, |peer| session::state(peer.last_handshake));
+        let keeps = match told {
+            _ if state == SessionState::Never => false,
+            Some(told) if told.published => {
+                told.endpoint == published && !(told.on_trust && state == SessionState::Stale)
+            }
             // A restart: what was published before is not known.
-            (_, SessionState::Live) => true,
-            (_, SessionState::Stale) => false,
+            _ => state == SessionState::Live,
         };
-        if keeps { now } else { published }
+        let now = is.and_then(|peer| peer.endpoint).filter(|_| keeps);
+        let on_trust = now.is_some() && told.is_none_or(|told| told.on_trust || !told.published);
+        self.told.insert(key, Told { endpoint: published, published: true, on_trust });
+        now.unwrap_or(published)
     }
 }
 

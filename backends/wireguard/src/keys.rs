@@ -39,6 +39,9 @@ pub enum InvalidKey {
     /// It is a point of low order: whoever knows that shares every secret that is agreed with it.
     #[error("it is a point of low order: every secret agreed with it is known to all")]
     LowOrder,
+    /// It is another way to write a point than the one that WireGuard writes: by it one key could pass for two.
+    #[error("it is not the form in which WireGuard writes this key")]
+    NotCanonical,
 }
 
 /// The points of low order (RFC 7748, section 6.1; libsodium's list), with the highest bit, which Curve25519 ignores, cleared.
@@ -70,16 +73,22 @@ const fn near_the_prime(lowest: u8) -> [u8; LENGTH] {
     bytes
 }
 
+/// Whether it is a number below 2^255 - 19: Curve25519 ignores the highest bit, and takes the rest modulo that.
+fn is_canonical(bytes: &[u8; LENGTH]) -> bool {
+    bytes.iter().rev().lt(near_the_prime(0xed).iter().rev())
+}
+
 impl PublicKey {
     /// From bytes that another node or a device gave.
     ///
     /// # Errors
-    /// [`InvalidKey::Zero`] and [`InvalidKey::LowOrder`].
+    /// [`InvalidKey::Zero`], [`InvalidKey::LowOrder`] and [`InvalidKey::NotCanonical`].
     pub fn from_bytes(bytes: [u8; LENGTH]) -> Result<Self, InvalidKey> {
         let mut point = bytes;
         point[LENGTH - 1] &= 0x7f;
         match LOW_ORDER.iter().position(|low| *low == point) {
-            None => Ok(PublicKey(bytes)),
+            None if is_canonical(&bytes) => Ok(PublicKey(bytes)),
+            None => Err(InvalidKey::NotCanonical),
             Some(0) => Err(InvalidKey::Zero),
             Some(_) => Err(InvalidKey::LowOrder),
         }
@@ -247,6 +256,12 @@ mod tests {
                 assert!(Key(bytes).to_base64().parse::<PublicKey>().is_err());
             }
         }
+        // Another way to write the same point: nobody has such a key by honest means, and it would not be seen to be another's.
+        let mut same = *PrivateKey::generate().public_key().as_bytes();
+        let point = shared(same);
+        same[31] |= 0x80;
+        assert_eq!(shared(same), point);
+        assert!(PublicKey::from_bytes(same).is_err());
         let honest = PrivateKey::generate().public_key();
         assert_ne!(shared(*honest.as_bytes()), [0; 32]);
         assert_eq!(honest.to_string().parse(), Ok(honest));

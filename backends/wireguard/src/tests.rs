@@ -257,6 +257,9 @@ fn each_family_has_its_mtu_80_bytes_less_as_flannels_or_60_where_ipv4_alone_carr
             assert_eq!(mtu(&exact, 1500, family), Ok(if over_v4 { 1440 } else { 1420 }), "{mode:?} {family}");
         }
     }
+    // A network of IPv6 alone is reached over IPv6 in every mode.
+    let alone = |mode| backend().mode(mode).exact_mtu(true).mtu(&underlay(1500, Stack::V6("fd00::1")), Family::V6);
+    assert!(MODES.iter().all(|mode| alone(*mode).map(Mtu::bytes) == Ok(1420)), "{:?}", MODES.map(alone));
     // Too little for IPv6 is enough for IPv4.
     assert_eq!(mtu(&backend(), 1359, Family::V4), Ok(1279));
     assert!(mtu(&backend(), 1359, Family::V6).unwrap_err().to_string().contains("1280"));
@@ -357,6 +360,7 @@ fn case_15_a_key_that_is_ours_anothers_zero_of_low_order_or_no_key_is_refused() 
         ("short", "32 bytes"),
         ("", "32 bytes"),
         (&PEER[..43], "32 bytes"),
+        (&PEER.replace("Dg=", "Lg="), "not the form"),
     ] {
         admission.upsert(lease("mallory", 99, 9, (key, key)));
         for family in Family::BOTH {

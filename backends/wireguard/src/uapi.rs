@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -254,6 +255,16 @@ impl<'a> Parser<'a> {
     }
 }
 
+/// A peer that was heard from a link-local address stands with the name of the device, where the parser takes a number alone:
+/// `[fe80::1%eth0]:51820`. It is left out: such an endpoint is only ever learnt, and not written.
+fn endpoint(text: &str) -> Option<SocketAddr> {
+    text.parse().ok().or_else(|| {
+        let (address, rest) = text.split_once('%')?;
+        let (_, port) = rest.split_once(']')?;
+        format!("{address}]{port}").parse().ok()
+    })
+}
+
 /// Takes in what a line says of a peer. What is unknown is left out: the protocol grows.
 fn take_of_peer(
     peer: &mut PeerState,
@@ -272,7 +283,7 @@ fn take_of_peer(
                 _ => Psk::Other,
             };
         }
-        "endpoint" => peer.endpoint = Some(value.parse().ok()?),
+        "endpoint" => peer.endpoint = Some(endpoint(value)?),
         "persistent_keepalive_interval" => peer.keepalive = value.parse().ok()?,
         "allowed_ip" => {
             peer.allowed.insert(value.parse::<IpNetwork>().ok()?);
@@ -356,6 +367,22 @@ errno=0
         let mut parser = Parser::new(None);
         assert_eq!(parser.take("errno=-98").unwrap(), Some(98));
         assert!(parse(&answer[..200], None).is_err() && parse("private_key=xyz\n", None).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_speaks_from_a_link_local_address_keeps_no_other_from_being_read() {
+        // As wireguard-go writes where it heard a peer: with the device's name, which no parser of addresses takes.
+        let one = "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33";
+        let other = "58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376";
+        for zone in ["%eth0", "%2", ""] {
+            let answer = format!(
+                "public_key={one}\nendpoint=[fe80::1{zone}]:51821\nallowed_ip=2001:db8:42:1::/64\n\
+                 public_key={other}\nendpoint=[2001:db8::2]:51821\nerrno=0\n"
+            );
+            let state = parse(&answer, None).unwrap();
+            let endpoint = state.peers.values().filter_map(|peer| peer.endpoint).find(|e| e.port() == 51_821);
+            assert!(state.peers.len() == 2 && endpoint.is_some(), "{zone}: {state:?}");
+        }
     }
 
     #[test]

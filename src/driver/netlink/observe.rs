@@ -13,7 +13,7 @@ use super::nexthop::{self, RawNexthop};
 use super::requester::{Requester, Trouble};
 use super::route::{self, Hop, RawRoute};
 use super::wire::{Message, Messages, number};
-use super::{ALIAS, Core, PROTOCOL};
+use super::{ALIAS, Core, PROTOCOL, UNFINISHED};
 use crate::driver::{
     DriverError, Errno, HostAddress, HostLink, HostRoute, HostView, Observed, OnLink, Scope, SeenRoute,
 };
@@ -147,9 +147,12 @@ pub(super) fn ours(link: &RawLink, scope: &Scope) -> Option<Owner> {
     link.owner(scope.adopt).filter(|owner| *owner == Owner::Ours || scope.devices.contains(name) || legacy())
 }
 
-/// Whether a device is made by a backend's own driver, and marked by it.
+/// Whether a device is made by a backend's own driver, and marked by it; or about to be: it is flannel's, or its maker was killed
+/// before it had marked it.
 fn served(link: &RawLink, scope: &Scope) -> bool {
-    link.alias == ALIAS && link.name.as_ref().is_some_and(|name| scope.served.contains(name))
+    let Some(name) = &link.name else { return false };
+    let to_be = || link.group == UNFINISHED || scope.adopts_served(name, &link.kind);
+    scope.served.contains(name) && (link.alias == ALIAS || (link.alias.is_empty() && to_be()))
 }
 
 /// Whether what is on a device is ours.

@@ -36,9 +36,12 @@ pub(super) fn over_our_device(state: &State, scope: &Scope, route: &KernelRoute)
     link.is_ours() || is_served(scope, name, link) || link_owner(scope, name, link).is_some()
 }
 
-/// Whether a device is made by a backend's own driver, and marked by it.
+/// Whether a device is made by a backend's own driver, and marked by it; or flannel's, and about to be.
 pub(super) fn is_served(scope: &Scope, name: &DeviceName, link: &LinkState) -> bool {
-    scope.served.contains(name) && link.alias.as_deref() == Some(ALIAS)
+    match link.alias.as_deref() {
+        Some(alias) => scope.served.contains(name) && alias == ALIAS,
+        None => scope.adopts_served(name, &link.kind),
+    }
 }
 
 /// Whose a link is; `None`: somebody else's, in the way if it bears a name of ours.

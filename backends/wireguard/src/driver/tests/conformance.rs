@@ -175,7 +175,7 @@ async fn it_conforms_on_devices_of_the_system() {
         lacking()
     });
     if let Some(reason) = lacking.join().unwrap() {
-        println!("skipped: the suite for drivers: {reason}");
+        told("the suite for drivers", &reason);
         return;
     }
     let report = check(&Worlds::new(false, &format!("pc{}", std::process::id()))).await;
