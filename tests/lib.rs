@@ -2,6 +2,7 @@
 
 pub mod real;
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,12 @@ use tokio::task::JoinHandle;
 
 /// The cluster network of the tests.
 pub const NETWORK: &str = "10.42.0.0/16";
+
+/// Says that a test does not show anything on this machine, and why. Past libtest, which keeps to itself what a test prints that passes;
+/// in one piece, since other tests write too.
+pub fn skipping(test: &str, reason: &str) {
+    let _ = std::io::stderr().write_all(format!("skipped: {test}: {reason}\n").as_bytes());
+}
 
 /// A store in which node `me` has 10.42.2.0/24.
 pub fn store() -> MemorySubnets {

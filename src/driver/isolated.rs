@@ -1,14 +1,25 @@
 //! Tests in network namespaces of their own: as root, or with the whole test runner under `unshare -Urn`.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::future::Future;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustix::thread::UnshareFlags;
 
 use super::NetworkNamespace;
+
+/// Says once what a test does not show on this machine. Past libtest, which keeps to itself what a test prints that passes.
+pub(super) fn skipped(what: std::fmt::Arguments<'_>) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let line = format!("skipped: {what}\n");
+    if SAID.lock().unwrap().insert(line.clone()) {
+        // In one piece, since other tests write too.
+        let _ = io::stderr().write_all(line.as_bytes());
+    }
+}
 
 /// A thread of its own goes into a new namespace.
 // Deprecated because of flags that share file descriptors; a network namespace is safe to leave.

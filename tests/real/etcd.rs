@@ -4,7 +4,6 @@
 //! It uses Debian's `etcd`; without it a test says `skipped:`.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,6 +19,8 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::skipping;
+
 /// What is waited for etcd at most, however loaded the machine is.
 const PATIENCE: Duration = Duration::from_secs(40);
 
@@ -28,8 +29,7 @@ pub fn missing(test: &str) -> bool {
     let found =
         std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|p| p.join("etcd").is_file()));
     if !found {
-        // Not through the macro, whose output libtest keeps to itself.
-        let _ = writeln!(io::stderr(), "skipped: {test}: there is no etcd on this machine (Debian: etcd-server)");
+        skipping(test, "there is no etcd on this machine (Debian: etcd-server)");
     }
     !found
 }

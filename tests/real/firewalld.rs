@@ -2,7 +2,6 @@
 //!
 //! Its configuration is a folder of its own, with the distribution's defaults below.
 
-use std::io::Write as _;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -11,6 +10,8 @@ use std::time::Duration;
 
 use podnet_lab::{LabError, Netns, wait_until};
 use tempfile::TempDir;
+
+use crate::skipping;
 
 /// firewalld is Python: it takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -32,9 +33,7 @@ impl Firewalld {
     pub async fn start(netns: &Netns) -> Option<Firewalld> {
         for program in ["unshare", "dbus-daemon", "firewalld", "firewall-cmd"] {
             if place(program).is_none() {
-                // Not by `println!`, which the test harness keeps to itself.
-                let line = format!("skipped: the test with firewalld: {program} is not installed\n");
-                std::io::stdout().write_all(line.as_bytes()).expect("standard output");
+                skipping("the test with firewalld", &format!("{program} is not installed"));
                 return None;
             }
         }

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,7 +23,7 @@ use tokio::sync::SemaphorePermit;
 
 use super::eye::Eye;
 use super::{connected, namespace, slower, turn};
-use crate::{Running, name, spawn};
+use crate::{Running, name, skipping, spawn};
 
 /// The user-space implementation, unless this variable names boringtun.
 const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
@@ -39,8 +38,7 @@ pub async fn skipped(test: &str) -> bool {
     let lacking = lacking().await;
     if let Some(reason) = &lacking {
         assert!(!kernel_required(), "{test}: {reason}");
-        // Past libtest, which would swallow it; in one piece, since other tests write too.
-        let _ = std::io::stderr().write_all(format!("skipped: {test}: {reason}\n").as_bytes());
+        skipping(test, reason);
     }
     lacking.is_some()
 }

@@ -20,6 +20,7 @@ use podnet_lab::Netns;
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::world::Real;
 use podnet_tests::real::{namespace, nft};
+use podnet_tests::skipping;
 
 fn eth0() -> DeviceName {
     "eth0".parse().unwrap()
@@ -286,7 +287,7 @@ impl World for IptablesWorld {
 #[tokio::test]
 async fn the_iptables_driver_conforms() {
     let Some(programs) = programs() else {
-        println!("skipped: iptables-nft is not installed");
+        skipping("the iptables driver conforms", "iptables-nft is not installed");
         return;
     };
     let report = check(&Iptables(programs)).await;

@@ -5,7 +5,6 @@
 //! Where this user may not open `/dev/net/tun`, each test says so and shows nothing.
 
 use std::fs::OpenOptions;
-use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::time::Duration;
@@ -25,7 +24,7 @@ use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Host, Lab, LabSpec, Netns, Pod, wait_until};
 use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::{assert_same, connected, heals, namespace, turn};
-use podnet_tests::{Running, name, spawn};
+use podnet_tests::{Running, name, skipping, spawn};
 use podnet_tun_udp::{DEVICE, KIND, PORT, Traffic, TunUdp};
 use rtnetlink::LinkUnspec;
 use tokio::sync::SemaphorePermit;
@@ -33,14 +32,12 @@ use tokio::sync::SemaphorePermit;
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Whether nothing can be shown here; it says why, past libtest, which would swallow it.
+/// Whether nothing can be shown here; it says why.
 fn skipped(test: &str) -> bool {
     match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => false,
         Err(error) => {
-            // In one piece, since other tests write too.
-            let line = format!("skipped: {test}: /dev/net/tun cannot be opened: {error}\n");
-            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            skipping(test, &format!("/dev/net/tun cannot be opened: {error}"));
             true
         }
     }

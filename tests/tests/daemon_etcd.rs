@@ -20,7 +20,7 @@ use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, podnetd, said};
 use podnet_tests::real::{self, DEVICE, WIDE, assert_same, builder, slower};
-use podnet_tests::spawn;
+use podnet_tests::{skipping, spawn};
 use tempfile::TempDir;
 
 macro_rules! tests {
@@ -564,7 +564,7 @@ async fn restarts_behind_a_firewall_that_drops_lose_no_packet() {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     if !std::env::split_paths(&path).any(|folder| folder.join("iptables-nft").exists()) {
-        println!("skipped: {test}: iptables-nft is not installed");
+        skipping(test, "iptables-nft is not installed");
         return;
     }
     let stage = Stage::new(2, Etcd::single().await).await;

@@ -11,7 +11,7 @@ use podnet::status::Status;
 use podnet_lab::Host;
 use podnet_tests::real::eye::Eye;
 use podnet_tests::real::{builder, connected, lone_host, many};
-use podnet_tests::{Running, spawn};
+use podnet_tests::{Running, skipping, spawn};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -28,7 +28,7 @@ fn programs() -> Option<IptablesPrograms> {
         .ok()
     });
     if found.is_none() {
-        println!("skipped: iptables-nft is not installed");
+        skipping("a node with iptables", "iptables-nft is not installed");
     }
     found
 }

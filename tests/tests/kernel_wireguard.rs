@@ -3,7 +3,6 @@
 //!
 //! Captures are the witness here, and the one that must find nothing is shown to find something once podnet's guard is gone.
 
-use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -20,7 +19,7 @@ use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::nft::{IPV4, IPV6, commit, delete_table, rules};
 use podnet_tests::real::wireguard::{Cluster, PATIENCE, is_boringtun, skipped, wg, wg_set};
 use podnet_tests::real::{self, DEVICE, connected, slower};
-use podnet_tests::{Running, spawn};
+use podnet_tests::{Running, skipping, spawn};
 use rtnetlink::{LinkWireguard, RouteMessageBuilder};
 use tokio::task::JoinHandle;
 
@@ -301,7 +300,7 @@ async fn fault_19_flannels_wireguard_is_taken_over_with_its_session_and_guarded_
     let (host, device) = (cluster.host(0).clone(), cluster.seats[0].device.clone());
     if host.handle().link().add(LinkWireguard::new(&device).build()).execute().await.is_err() {
         let reason = "the kernel has no WireGuard, and flannel uses no other";
-        let _ = std::io::stderr().write_all(format!("skipped: flannel's device: {reason}\n").as_bytes());
+        skipping("flannel's device", reason);
         return;
     }
     let private = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=";

@@ -147,7 +147,7 @@ fn flannels_nftables_table_goes_after_our_chains_stand_if_adoption_is_asked() {
             std::process::Command::new("nft").arg("add table ip flannel-ipv4; add table ip6 flannel-ipv6").status();
         match made {
             Ok(status) => assert!(status.success()),
-            Err(e) => return println!("skipped: nft cannot be run ({e})"),
+            Err(e) => return isolated::skipped(format_args!("a comparison with nft: it cannot be run ({e})")),
         }
         flannel(tools, Family::V4);
         let driver = open(FirewallChoice::Iptables(tools.programs())).await;
@@ -167,7 +167,7 @@ fn a_table_of_our_name_that_is_not_ours_is_no_leftover() {
     isolated::test(async move || {
         match std::process::Command::new("nft").arg("add table ip podnet; add chain ip podnet mine").status() {
             Ok(status) => assert!(status.success()),
-            Err(e) => return println!("skipped: nft cannot be run ({e})"),
+            Err(e) => return isolated::skipped(format_args!("a comparison with nft: it cannot be run ({e})")),
         }
         let driver = open(FirewallChoice::Iptables(tools.programs())).await;
         assert_eq!(converge(&driver, &wish(), &scope()).await, 2);

@@ -58,17 +58,15 @@ impl Tools {
         let tools = IptablesPrograms::FOLDERS.into_iter().map(|folder| Tools { variant, folder });
         let found = tools.into_iter().find(|t| std::path::Path::new(&t.path(Family::V4, "-save")).exists());
         let Some(tools) = found else {
-            println!("skipped: iptables{} is not installed", Tools { variant, folder: "" }.suffix());
+            let suffix = Tools { variant, folder: "" }.suffix();
+            isolated::skipped(format_args!("tests of iptables{suffix}: it is not installed"));
             return None;
         };
         // In a user namespace of an ordinary user, iptables-legacy can neither open its lock nor see its tables.
         let works = Command::new(tools.path(Family::V4, "")).args(["-w", "-S"]).output().unwrap();
         if !works.status.success() {
-            println!(
-                "skipped: {} does not work here: {}",
-                tools.path(Family::V4, ""),
-                String::from_utf8_lossy(&works.stderr)
-            );
+            let (path, said) = (tools.path(Family::V4, ""), String::from_utf8_lossy(&works.stderr));
+            isolated::skipped(format_args!("tests of {path}, which does not work here: {}", said.trim()));
             return None;
         }
         Some(tools)

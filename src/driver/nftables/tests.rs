@@ -129,7 +129,7 @@ fn run(program: &str, arguments: &[&str]) -> Option<String> {
             Some(String::from_utf8(output.stdout).unwrap())
         }
         Err(e) => {
-            println!("skipped the comparison with {program}: it cannot be run ({e})");
+            isolated::skipped(format_args!("a comparison with {program}: it cannot be run ({e})"));
             None
         }
     }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
-use std::io::{self, Write as _};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use podnet_lab::demo::{
 };
 use podnet_lab::{Families, Family, Stack, Underlay, wait_until};
 use podnet_tests::real::slower;
+use podnet_tests::skipping;
 use rustix::fs::fstat;
 use tokio::sync::Semaphore;
 
@@ -142,8 +142,7 @@ pub async fn skipped(spec: DemoSpec) -> bool {
     let lacking = possible(spec).await.err();
     if let Some(why) = &lacking {
         let DemoSpec { backend, masquerade, subnets, .. } = spec;
-        // Not through the macro, whose output libtest keeps to itself.
-        let _ = writeln!(io::stderr(), "skipped: the demo with {backend}, {masquerade:?} and {subnets:?}: {why}");
+        skipping(&format!("the demo with {backend}, {masquerade:?} and {subnets:?}"), why);
     }
     lacking.is_some()
 }

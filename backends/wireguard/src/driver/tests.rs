@@ -503,7 +503,7 @@ fn without_a_module_and_without_a_program_it_says_what_is_missing_and_what_can_b
             rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("a new network namespace");
             let system = System::new(PrivateKey::generate(), None, userspace);
             match system.create(&"wgnone".parse().unwrap()) {
-                Ok(()) => println!("skipped: without a module: this kernel has WireGuard"),
+                Ok(()) => told("without a module", "this kernel has WireGuard"),
                 Err(error) => {
                     let text = error.to_string();
                     assert!(parts.iter().all(|part| text.contains(part)), "{text}");
