@@ -320,6 +320,8 @@ impl NodeBuilder {
     /// both in the same moment do, until they are repaired. Both stay with [`Shutdown::Keep`](crate::Shutdown::Keep) and when
     /// the process is killed.
     ///
+    /// Where the host itself uses the cluster network of a family (a connected LAN or VPN that covers it), that is a conflict, the family
+    /// does not come up, and neither guard is set: it would cut the host off from that network. The status names it.
     /// A backend that encrypts without a device of its own has the blackhole alone.
     pub fn require_encryption(mut self, required: bool) -> Self {
         self.require_encryption = required;

@@ -76,8 +76,21 @@ async fn encrypted(families: Families) -> Cluster {
     cluster
 }
 
-fn chatter(cluster: &Cluster) -> Chatter {
-    Chatter::start((cluster.pod(0).netns(), cluster.pod(0).ip()), cluster.pod(1).ip())
+/// In every family of the cluster.
+fn chatter(cluster: &Cluster) -> Vec<Chatter> {
+    let start = |family| {
+        let [from, to] = [0, 1].map(|index| cluster.pod(index).ip_in(family).unwrap());
+        Chatter::start((cluster.pod(0).netns(), from), to)
+    };
+    cluster.lab.spec().families().map(start).collect()
+}
+
+async fn assert_no_answer(cluster: &Cluster) {
+    for family in cluster.lab.spec().families() {
+        let to = cluster.pod(1).ip_in(family).unwrap();
+        let options = PingOptions { count: 20, ..PingOptions::default() };
+        assert_eq!(ping(cluster.pod(0).netns(), to, options).await.unwrap().received, 0, "{family}");
+    }
 }
 
 /// As a DHCP client does when the link is there again.
@@ -94,16 +107,21 @@ async fn invariant_10_no_packet_of_a_pod_is_on_the_underlay_in_plain_text_whatev
     if skipped("nothing in plain text").await {
         return;
     }
-    let mut cluster = encrypted(Stack::V4(())).await;
+    let mut cluster = encrypted(Stack::Dual((), ())).await;
     cluster.assert_pods_talk().await;
     let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
     let _chatter = chatter(&cluster);
-    let (host, device) = (cluster.host(0).clone(), cluster.seats[0].device.clone());
+    let host = cluster.host(0).clone();
+    let devices = [cluster.seats[0].device.clone(), cluster.seats[0].device_v6.clone()];
     let address = cluster.lab.nodes()[0].ip();
     for _ in 0..3 {
-        host.delete_link(&device).await.unwrap();
+        for device in &devices {
+            host.delete_link(device).await.unwrap();
+        }
         cluster.assert_talk(0, 1).await;
-        host.set_down(&device).await.unwrap();
+        for device in &devices {
+            host.set_down(device).await.unwrap();
+        }
         cluster.assert_talk(0, 1).await;
         // Flushed routes, podnet's and the underlay's. Those of the pods' bridge are others'; the guard is next.
         for route in of_main(&host).await.into_iter().filter(|r| r.header.protocol != RouteProtocol::Kernel) {
@@ -120,10 +138,10 @@ async fn invariant_10_no_packet_of_a_pod_is_on_the_underlay_in_plain_text_whatev
     }
     // A killed process, and its device goes too: nobody is there to repair it, and the guard stands.
     cluster.running[0].take().unwrap().abort().await;
-    host.delete_link(&device).await.unwrap();
-    let refused =
-        ping(cluster.pod(0).netns(), cluster.pod(1).ip(), PingOptions { count: 20, ..PingOptions::default() });
-    assert_eq!(refused.await.unwrap().received, 0);
+    for device in &devices {
+        host.delete_link(device).await.unwrap();
+    }
+    assert_no_answer(&cluster).await;
     let report = capture.report();
     let plain: Vec<&Frame> = report.frames.iter().filter(|f| is_plain(f)).collect();
     assert!(plain.is_empty(), "{} packets, the first is {:?}", plain.len(), plain[0]);
@@ -145,8 +163,6 @@ async fn invariant_10_what_flushes_the_guard_with_the_route_that_it_guards_lets_
     cluster.assert_pods_talk().await;
     let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
     let _chatter = chatter(&cluster);
-    let [from, to] = [0, 1].map(|index| cluster.pod(index).ip_in(Family::V6).unwrap());
-    let _chatter_v6 = Chatter::start((cluster.pod(0).netns(), from), to);
     let host = cluster.host(0).clone();
     for _ in 0..10 {
         // As `ip route flush proto 112` and `ip -6` do; the default routes stay, and would take what they find.
@@ -200,17 +216,16 @@ async fn invariant_10_nothing_leaves_in_plain_text_before_the_overlay_is_up() {
     if skipped("before it is up").await {
         return;
     }
-    let mut cluster = Cluster::of(2, Stack::V4(()), |_, backend| backend).await;
+    let mut cluster = Cluster::of(2, Stack::Dual((), ()), |_, backend| backend).await;
     let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
     cluster.subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
     cluster.subnets.faults().fail_next(Call::Acquire, usize::MAX, away.clone());
     start_encrypted(&mut cluster, 0).await;
     cluster.eye(0).until_has(&["route 10.42.0.0/16 proto 112", "BlackHole"]);
+    cluster.eye(0).until_has(&["route 2001:db8:42::/56 proto 112", "BlackHole"]);
     let capture = Capture::of(cluster.host(0), UNDERLAY_INTERFACE, |f| is_plain(f) || is_sealed(f)).await.unwrap();
     let _chatter = chatter(&cluster);
-    let refused =
-        ping(cluster.pod(0).netns(), cluster.pod(1).ip(), PingOptions { count: 20, ..PingOptions::default() });
-    assert_eq!(refused.await.unwrap().received, 0);
+    assert_no_answer(&cluster).await;
     assert!(!cluster.node(0).overlay.status().borrow().is_ready());
     // And while it comes up.
     cluster.subnets.faults().fail_next(Call::Watch, 0, away.clone());

@@ -367,6 +367,26 @@ async fn fault_36_what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone
     drop(squatter);
     running.until(connected(0)).await;
     assert_eq!(wg(cluster.netns(0), &device).1, "51820");
+    if is_boringtun() {
+        // It keeps a port for a while after it was told another.
+        return;
+    }
+
+    // And later, when somebody has moved the device to another port and taken its own.
+    let squatter = std::cell::RefCell::new(None);
+    wait_until("the port to be taken", PATIENCE, || async {
+        // Unless a check was quicker and has put it back.
+        wg_set(cluster.netns(0), &device, &["listen-port", "51999"]);
+        *squatter.borrow_mut() = cluster.netns(0).udp_socket(SocketAddr::new(address, 51_820)).ok();
+        Ok(squatter.borrow().is_some())
+    })
+    .await
+    .unwrap();
+    let report = running.overlay.reconcile().await.unwrap();
+    assert!(format!("{report:?}").contains("UDP port 51820"), "{report:?}");
+    drop(squatter);
+    let back = async || Ok(wg(cluster.netns(0), &device).1 == "51820");
+    wait_until("its own port again", PATIENCE, back).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
