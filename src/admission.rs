@@ -695,8 +695,9 @@ impl Admission {
                 return Err(Refusal::ClaimIsOurs { claim: claim.clone() });
             }
         }
-        let mut exclusive = vec![Exclusive::Address(endpoint.public_ip)];
-        exclusive.extend(claims.into_iter().map(|claim| Exclusive::Claim(kind.clone(), claim)));
+        let address = (!backend.peers_share_addresses()).then_some(Exclusive::Address(endpoint.public_ip));
+        let claims = claims.into_iter().map(|claim| Exclusive::Claim(kind.clone(), claim));
+        let exclusive = address.into_iter().chain(claims).collect();
         Ok(Some(Reach { backend: i, endpoint, exclusive }))
     }
 

@@ -274,6 +274,13 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// refused. Hostile input: whatever passes here may reach the kernel.
     fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String>;
 
+    /// Whether two peers may publish one public address, as nodes behind one translated address do. Only where a peer is known by
+    /// what it claims, such as a key, and packets that came to another could not be read: otherwise the younger of two is refused
+    /// ([`Refusal::AddressTaken`](crate::admission::Refusal::AddressTaken)).
+    fn peers_share_addresses(&self) -> bool {
+        false
+    }
+
     /// This node's own devices and addresses in a family, in the order of dependency. Sees no peers.
     ///
     /// # Errors
@@ -318,6 +325,9 @@ macro_rules! forward {
             }
             fn claims(&self, endpoint: &Endpoint<IpAddr>) -> Result<Vec<String>, String> {
                 (**self).claims(endpoint)
+            }
+            fn peers_share_addresses(&self) -> bool {
+                (**self).peers_share_addresses()
             }
             fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
                 (**self).node(view, family)

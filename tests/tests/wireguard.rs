@@ -452,6 +452,37 @@ async fn where_a_peer_was_found_stays_and_a_new_published_place_is_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nodes_behind_one_translated_address_are_reached_where_they_speak_from() {
+    if skipped("behind one address").await {
+        return;
+    }
+    let mut cluster = Cluster::of(3, Stack::V4(()), |_, backend| backend.keepalive(1)).await;
+    // Nobody listens there: nodes 1 and 2 can be found by what they send alone.
+    let translated = "203.0.113.77".parse().unwrap();
+    for index in 0..3 {
+        let mut builder = cluster.builder(index);
+        if index > 0 {
+            builder = builder.public_addresses(Stack::V4(translated));
+        }
+        cluster.running[index] = Some(spawn(builder).await);
+    }
+    for index in 0..3 {
+        cluster.node(index).until(connected(2)).await;
+    }
+    for other in [1, 2] {
+        cluster.assert_talk(0, other).await;
+        cluster.assert_talk(other, 0).await;
+    }
+    // A check leaves them where they are, and knows nothing to do.
+    assert!(cluster.node(0).overlay.reconcile().await.unwrap().done.is_empty());
+    let (_, _, peers) = wg(cluster.netns(0), &cluster.seats[0].device);
+    for other in [1, 2] {
+        let at = SocketAddr::new(cluster.lab.nodes()[other].ip(), 51_820).to_string();
+        assert_eq!(peers[&cluster.key(other).to_string()].endpoint, at);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn fault_18_a_restart_over_a_thousand_peers_writes_nothing() {
     if skipped("a thousand peers").await {
         return;

@@ -144,6 +144,11 @@ impl Backend for WireGuard {
         Ok(vec![format!("WireGuard public key {}", data.public_key)])
     }
 
+    /// A peer is its key: who publishes another's address gets nothing that it could read.
+    fn peers_share_addresses(&self) -> bool {
+        true
+    }
+
     fn node(&self, view: &NodeView, family: Family) -> Result<Vec<Object>, BackendError> {
         let missing = |what: &str| refuse(format!("this node has no {family} {what}"));
         let subnet = view.subnet(family).ok_or_else(|| missing("subnet"))?;

@@ -394,6 +394,22 @@ fn case_15_a_key_is_one_nodes_in_both_families_or_it_could_turn_anothers_endpoin
 }
 
 #[test]
+fn nodes_behind_one_address_are_told_apart_by_their_keys() {
+    let mut admission = admission(&backend());
+    let mut neighbour = lease("node-6", 6, 6, (OTHER, OTHER));
+    neighbour.offers[0].endpoints = Stack::Dual(
+        Endpoint { public_ip: "10.240.0.5".parse().unwrap(), data: data(OTHER, "") },
+        Endpoint { public_ip: "2001:db8:f0::5".parse().unwrap(), data: data(OTHER, "") },
+    );
+    admission.snapshot(vec![lease("node-5", 5, 5, (PEER, PEER)), neighbour]);
+    for (node, family) in
+        [("node-5", Family::V4), ("node-6", Family::V4), ("node-5", Family::V6), ("node-6", Family::V6)]
+    {
+        assert_eq!(refusal(&admission, node, family), None, "{node}, {family}");
+    }
+}
+
+#[test]
 fn case_16_a_subnet_that_is_anothers_never_reaches_a_plan() {
     let mut admission = admission(&backend());
     let mut thief = lease("mallory", 99, 5, (OTHER, OTHER));
