@@ -197,9 +197,11 @@ async fn keep_network(
     let (path, writes) = (options.subnet_file.clone(), Arc::clone(&shared.writes));
     let keeping = tokio::spawn(subnet_file::keep(path, options.ip_masq, overlay.status(), file_state, writes));
     let looking = options.network_check.map(|period| {
-        let (shared, network, choice) = (Arc::clone(shared), network.clone(), options.store.clone());
+        let (shared, network, options) = (Arc::clone(shared), network.clone(), options.clone());
         tokio::spawn(async move {
-            network::keep_looking(|| store::open_again(&choice), period, &network, &shared.notice).await;
+            let open = || store::open_again(&options.store);
+            let take_up = |network: &NetworkConfig| node::backend(&options, network, Keys::Any).map(drop);
+            network::keep_looking(open, take_up, period, &network, &shared.notice).await;
         })
     });
     let _ = shared.overlay.set(Arc::clone(&overlay));

@@ -35,9 +35,10 @@ impl Notice {
 }
 
 /// Looks about every `period`, at moments of its own so that not all nodes look at once, through a store that `open` opens anew: the one that
-/// the node works with keeps the configuration that it works with.
+/// the node works with keeps the configuration that it works with. `take_up` says whether a podnetd that starts could work with a configuration.
 pub(crate) async fn keep_looking(
     open: impl Fn() -> Result<Arc<dyn SubnetManager>, Problem>,
+    take_up: impl Fn(&NetworkConfig) -> Result<(), Problem>,
     period: Duration,
     running: &NetworkConfig,
     notice: &Notice,
@@ -56,11 +57,11 @@ pub(crate) async fn keep_looking(
         match answer {
             Ok(Ok(now)) => {
                 unread = 0;
-                notice.take(difference(running, &now));
+                notice.take(seen(running, &now, &take_up));
             }
-            Ok(Err(SubnetError::Invalid { object, reason })) => notice.take(Some(format!(
-                "the network's configuration has changed, and a podnetd that starts now cannot take it up: {object}: {reason}"
-            ))),
+            Ok(Err(SubnetError::Invalid { object, reason })) => {
+                notice.take(Some(cannot(format!("{object}: {reason}"))))
+            }
             // Once is nothing: a store is away for a moment now and then.
             Ok(Err(error)) if unread > 0 => {
                 notice.take(Some(format!("a podnetd that starts now waits for the network's configuration: {error}")));
@@ -68,6 +69,20 @@ pub(crate) async fn keep_looking(
             Ok(Err(_)) | Err(_) => unread = unread.saturating_add(1),
         }
     }
+}
+
+/// What is to be said of a configuration that the store takes. What only a backend can read the store has not judged.
+fn seen(
+    running: &NetworkConfig,
+    now: &NetworkConfig,
+    take_up: impl Fn(&NetworkConfig) -> Result<(), Problem>,
+) -> Option<String> {
+    let what = difference(running, now)?;
+    Some(take_up(now).map_or_else(cannot, |()| what))
+}
+
+fn cannot(why: impl std::fmt::Display) -> String {
+    format!("the network's configuration has changed, and a podnetd that starts now cannot take it up: {why}")
 }
 
 /// Three quarters to five quarters of it.
@@ -105,6 +120,8 @@ mod tests {
     use podnet::config::NetConf;
 
     use super::*;
+    use crate::node::{self, Keys};
+    use crate::options::Options;
 
     fn network(text: &str) -> NetworkConfig {
         NetConf::from_json(text).and_then(NetConf::for_allocation).unwrap()
@@ -130,6 +147,27 @@ mod tests {
             let seen = difference(&running, &network(now));
             assert_eq!(seen.is_some(), told.is_some(), "{now}");
             assert!(told.is_none_or(|told| seen.as_ref().is_some_and(|seen| seen.contains(told))), "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_backend_refuses_no_restart_takes_up() {
+        let flags = ["-subnets=file=/x"].into_iter().map(Into::into);
+        let options = Options::read(flags, |_| None).unwrap();
+        let take_up = |network: &NetworkConfig| node::backend(&options, network, Keys::Any).map(drop);
+        let running = network(r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#);
+        assert_eq!(seen(&running, &running, take_up), None);
+        for (backend, told) in [
+            (r#"{"Type":"vxlan","VNI":5}"#, "restart podnetd to take it up"),
+            (
+                r#"{"Type":"vxlan","VNI":"five"}"#,
+                "cannot take it up: the network configuration is not valid: Backend.VNI",
+            ),
+            (r#"{"Type":"udp"}"#, "cannot take it up: the network's configuration asks for the backend \"udp\""),
+        ] {
+            let now = network(&format!(r#"{{"Network":"10.42.0.0/16","Backend":{backend}}}"#));
+            let seen = seen(&running, &now, take_up).unwrap();
+            assert!(seen.contains(told), "{seen}");
         }
     }
 

@@ -34,13 +34,15 @@ pub(crate) fn name(options: &Options) -> Result<NodeName, Problem> {
     text.trim().parse().map_err(|e| format!("this host's name: {e}; {advice}").into())
 }
 
-/// What may be done about a private key that is not there yet.
+/// Which private key it is to be, and what may be done where it is not there yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Keys {
     /// It is made and kept.
     Kept,
     /// A run that leaves nothing behind takes one that it forgets.
     Forgotten,
+    /// It is only asked whether the options can be had: no file is looked at.
+    Any,
 }
 
 /// The backend that the network asks for.
@@ -73,7 +75,7 @@ fn wireguard(options: &Options, network: Option<&NetworkConfig>, keys: Keys) -> 
     let key = match keys {
         Keys::Kept => PrivateKey::load_or_create(file)?,
         Keys::Forgotten if file.exists() => PrivateKey::load(file)?,
-        Keys::Forgotten => PrivateKey::generate(),
+        Keys::Forgotten | Keys::Any => PrivateKey::generate(),
     };
     let backend = match network {
         Some(network) => WireGuard::from_config(network, key)?,

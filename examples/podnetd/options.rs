@@ -74,7 +74,7 @@ pub(crate) enum Firewall {
 }
 
 /// Everything that a run is told.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Options {
     pub(crate) mode: Mode,
     pub(crate) store: StoreChoice,

@@ -71,7 +71,7 @@ impl Drop for Daemon {
 }
 
 impl Daemon {
-    /// Starts it in a namespace, with a file for its log; `prepare` is the last that happens before, in that namespace.
+    /// Starts it in a namespace, with a file for all that it says on both outputs; `prepare` is the last that happens before, in that namespace.
     pub fn start(
         netns: &Netns,
         mut command: Command,
@@ -80,7 +80,7 @@ impl Daemon {
         prepare: impl FnOnce() + Send,
     ) -> Daemon {
         let file = File::create(log).expect("a log");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        command.stdin(Stdio::null()).stdout(file.try_clone().expect("a descriptor")).stderr(file);
         let spawned = netns.run(|| {
             prepare();
             command.spawn()
@@ -94,7 +94,7 @@ impl Daemon {
         Pid::from_child(&self.child)
     }
 
-    /// What it has logged.
+    /// What it has said: its log, and whatever came on standard output.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }

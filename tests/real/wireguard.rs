@@ -26,7 +26,7 @@ use super::{connected, namespace, slower, turn};
 use crate::{Running, name, skipping, spawn};
 
 /// The user-space implementation, unless this variable names boringtun.
-const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
+pub const WIREGUARD_GO: &str = "/usr/bin/wireguard-go";
 const BORINGTUN: &str = "PODNET_TEST_BORINGTUN";
 /// Longer than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(30);
