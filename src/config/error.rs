@@ -1,6 +1,6 @@
 //! What is wrong with a configuration, all of it at once: an operator corrects a file in one go, not
-//! one error a start. Values are quoted, but never those of a text field of the backend's section,
-//! which may be a secret.
+//! one error a start. Values are quoted, but no text of the backend's section,
+//! which may be a secret in the wrong place.
 
 use std::fmt;
 

@@ -122,12 +122,20 @@ impl<'a> Fields<'a> {
             value = match step(value, json.get()) {
                 Ok(value) => value,
                 Err(Wrong) => {
-                    problems.add(format!("{prefix}{name}"), Some(json.get().into()), allowed);
+                    problems.add(format!("{prefix}{name}"), Some(quotable(prefix, json.get()).into()), allowed);
                     None
                 }
             };
         }
         value
+    }
+}
+
+/// What an error says of a value. In the backend's section a text, wherever it stands, may be a secret.
+fn quotable<'a>(prefix: &str, json: &'a str) -> &'a str {
+    match json.as_bytes().first() {
+        Some(b'"' | b'{' | b'[') if !prefix.is_empty() => type_of(json),
+        _ => json,
     }
 }
 

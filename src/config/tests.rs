@@ -240,9 +240,14 @@ fn a_backend_reads_its_section_by_gos_rules() {
     assert_eq!(vni("null"), Ok(None));
     for bad in ["7.0", "1e1", "\"7\"", "101", "-1", "[]", "true", "99999999999999999999"] {
         let error = vni(&format!(r#"{{"VNI":{bad}}}"#)).unwrap_err();
+        let quoted = match bad {
+            "\"7\"" => "a text",
+            "[]" => "an array",
+            _ => bad,
+        };
         assert_eq!(
             error.problems[0].to_string(),
-            format!("Backend.VNI is {bad}; allowed: a whole number from 0 to 100")
+            format!("Backend.VNI is {quoted}; allowed: a whole number from 0 to 100")
         );
     }
     let error = config(r#"{"VNI":"x","GBP":1,"PSK":{"deep":"secret"}}"#)
@@ -261,6 +266,14 @@ fn values_of_the_backends_section_are_never_printed() {
     let config = allocating(r#"{"Network":"10.3.0.0/16","Backend":{"Type":"wireguard","PSK":"c2VjcmV0"}}"#).unwrap();
     let printed = format!("{config:?}");
     assert!(printed.contains("PSK") && printed.contains("wireguard") && !printed.contains("c2VjcmV0"), "{printed}");
+    // Nor where one stands in the wrong place.
+    let misplaced = r#"{"Network":"10.3.0.0/16","Backend":{"Type":"wireguard","ListenPort":"c2VjcmV0"}}"#;
+    let error = allocating(misplaced).unwrap().read_backend(|f| f.integer("ListenPort", 1..=65_535)).unwrap_err();
+    assert!(!format!("{error} {error:?}").contains("c2VjcmV0"), "{error}");
+    for misplaced in [r#"{"Type":{"PSK":"c2VjcmV0"}}"#, r#"["c2VjcmV0"]"#] {
+        let error = NetConf::from_json(&format!(r#"{{"Network":"10.3.0.0/16","Backend":{misplaced}}}"#)).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("c2VjcmV0"), "{error}");
+    }
 }
 
 #[test]
