@@ -72,6 +72,16 @@ impl Stage {
         Stage::of(nodes, LabSpec::usual_networks(Stack::V4(()))).await
     }
 
+    /// An etcd that the nodes reach over their underlay, with this configuration, an eye on its keys, and the flag that names it.
+    async fn etcd(&self, config: &str) -> (etcd::Etcd, etcd::Eye, String) {
+        let members = etcd::Etcd::single().await;
+        let mut keys = members.eye().await;
+        keys.put("/coreos.com/network/config", config, None).await;
+        let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
+        carry(self.lab.outside().netns(), at, members.address(0)).await;
+        (members, keys, format!("--etcd-endpoints=http://{at}"))
+    }
+
     /// Writes the file of leases, with the first nodes in it.
     fn list(&self, nodes: usize) {
         let spec = self.lab.spec();
@@ -457,13 +467,8 @@ async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
         return;
     }
     let stage = Stage::v4(2).await;
-    let members = etcd::Etcd::single().await;
-    let mut keys = members.eye().await;
     let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.0.0", "Backend": {"Type": "vxlan"}}"#;
-    keys.put("/coreos.com/network/config", config, None).await;
-    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
-    carry(stage.lab.outside().netns(), at, members.address(0)).await;
-    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let (_members, mut keys, endpoint) = stage.etcd(config).await;
     let flags = ["--subnets=etcd", &endpoint, "--timeout=10"];
     let run = |index, mode: &[&str]| stage.run(index, &[&flags[..], mode].concat());
     let subnets = "/coreos.com/network/subnets";
@@ -513,13 +518,8 @@ async fn a_plan_over_etcd_is_with_the_lease_that_the_daemon_would_take() {
         return;
     }
     let stage = Stage::v4(1).await;
-    let members = etcd::Etcd::single().await;
-    let mut keys = members.eye().await;
     let config = r#"{"Network": "10.42.0.0/16", "SubnetMin": "10.42.8.0", "Backend": {"Type": "vxlan"}}"#;
-    keys.put("/coreos.com/network/config", config, None).await;
-    let at = SocketAddr::new(podnet_lab::cluster::outside(Family::V4), 2379);
-    carry(stage.lab.outside().netns(), at, members.address(0)).await;
-    let endpoint = format!("--etcd-endpoints=http://{at}");
+    let (_members, mut keys, endpoint) = stage.etcd(config).await;
     let flags = ["--subnets=etcd", &endpoint, "--timeout=3"];
     let plan = || said(&stage.run(0, &[&flags[..], &["--plan"]].concat()));
     let bare = format!(r#"{{"PublicIP":"{}"}}"#, stage.lab.nodes()[0].ip());

@@ -137,6 +137,16 @@ impl Default for PeerState {
     }
 }
 
+impl PeerState {
+    /// Whether all that somebody can set is the same.
+    fn is_set_as(&self, other: &PeerState) -> bool {
+        self.endpoint == other.endpoint
+            && self.keepalive == other.keepalive
+            && self.psk == other.psk
+            && self.allowed == other.allowed
+    }
+}
+
 /// What is to be changed of one peer; what is `None` stays.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PeerChange {
@@ -165,14 +175,15 @@ pub(crate) struct Changes {
 impl Changes {
     /// From one state to another, in the way that the device of `from` can be changed.
     pub(crate) fn between(from: &State, to: &State) -> Self {
-        let set = match from.edits {
-            Edits::InPlace => Self::in_place(from, to),
-            Edits::Anew => Self::anew(from, to),
-        };
-        let again = set.iter().map(|change: &PeerChange| change.public_key).filter(|key| from.peers.contains_key(key));
-        let again = if from.edits == Edits::Anew { again.collect() } else { Vec::new() };
         let remove = from.peers.keys().filter(|key| !to.peers.contains_key(key)).copied().collect();
-        Changes { again, set, remove }
+        match from.edits {
+            Edits::InPlace => Changes { again: Vec::new(), set: Self::in_place(from, to), remove },
+            Edits::Anew => {
+                let set = Self::anew(from, to);
+                let there = set.iter().map(|change| change.public_key).filter(|key| from.peers.contains_key(key));
+                Changes { again: there.collect(), set, remove }
+            }
+        }
     }
 
     /// Endpoints are written only where `to` has another one than `from`.
@@ -208,9 +219,8 @@ impl Changes {
 
     /// Whole peers. Who loses a subnet to another is one of them: such a device takes nothing from anybody.
     fn anew(from: &State, to: &State) -> Vec<PeerChange> {
-        let configuration = |peer: &PeerState| (peer.endpoint, peer.keepalive, peer.psk, peer.allowed.clone());
         let differs = |(key, wanted): &(&PublicKey, &PeerState)| {
-            from.peers.get(key).is_none_or(|is| is.disputed || configuration(is) != configuration(wanted))
+            from.peers.get(key).is_none_or(|is| is.disputed || !is.is_set_as(wanted))
         };
         let whole = |(key, wanted): (&PublicKey, &PeerState)| PeerChange {
             public_key: *key,

@@ -308,14 +308,19 @@ fn options_are_flannels_with_its_defaults_and_a_refusal_names_the_option_and_nev
 }
 
 fn lease(node: &str, since: u64, third: u8, keys: (&str, &str)) -> Lease {
+    lease_at(node, since, third, third, keys)
+}
+
+/// Its subnets have one number, its addresses another.
+fn lease_at(node: &str, since: u64, third: u8, address: u8, keys: (&str, &str)) -> Lease {
     Lease {
         node: node.parse().unwrap(),
         subnets: parsed(Stack::Dual(&*format!("10.42.{third}.0/24"), &*format!("2001:db8:42:{third:x}::/64"))),
         offers: vec![Offer {
             backend: KIND,
             endpoints: Stack::Dual(
-                Endpoint { public_ip: [10, 240, 0, third].into(), data: data(keys.0, "") },
-                Endpoint { public_ip: format!("2001:db8:f0::{third:x}").parse().unwrap(), data: data(keys.1, "") },
+                Endpoint { public_ip: [10, 240, 0, address].into(), data: data(keys.0, "") },
+                Endpoint { public_ip: format!("2001:db8:f0::{address:x}").parse().unwrap(), data: data(keys.1, "") },
             ),
         }],
         precedence: Precedence { since, identity: node.into() },
@@ -396,11 +401,7 @@ fn case_15_a_key_is_one_nodes_in_both_families_or_it_could_turn_anothers_endpoin
 #[test]
 fn nodes_behind_one_address_are_told_apart_by_their_keys() {
     let mut admission = admission(&backend());
-    let mut neighbour = lease("node-6", 6, 6, (OTHER, OTHER));
-    neighbour.offers[0].endpoints = Stack::Dual(
-        Endpoint { public_ip: "10.240.0.5".parse().unwrap(), data: data(OTHER, "") },
-        Endpoint { public_ip: "2001:db8:f0::5".parse().unwrap(), data: data(OTHER, "") },
-    );
+    let neighbour = lease_at("node-6", 6, 6, 5, (OTHER, OTHER));
     admission.snapshot(vec![lease("node-5", 5, 5, (PEER, PEER)), neighbour]);
     for (node, family) in
         [("node-5", Family::V4), ("node-6", Family::V4), ("node-5", Family::V6), ("node-6", Family::V6)]
@@ -412,11 +413,7 @@ fn nodes_behind_one_address_are_told_apart_by_their_keys() {
 #[test]
 fn case_16_a_subnet_that_is_anothers_never_reaches_a_plan() {
     let mut admission = admission(&backend());
-    let mut thief = lease("mallory", 99, 5, (OTHER, OTHER));
-    thief.offers[0].endpoints = Stack::Dual(
-        Endpoint { public_ip: "10.240.0.9".parse().unwrap(), data: data(OTHER, "") },
-        Endpoint { public_ip: "2001:db8:f0::9".parse().unwrap(), data: data(OTHER, "") },
-    );
+    let thief = lease_at("mallory", 99, 5, 9, (OTHER, OTHER));
     for order in [[0, 1], [1, 0]] {
         let leases = [lease("node-5", 5, 5, (PEER, PEER)), thief.clone()];
         admission.snapshot(Vec::new());

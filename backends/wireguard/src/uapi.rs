@@ -444,6 +444,42 @@ errno=0
         );
     }
 
+    #[test]
+    fn what_cannot_be_changed_goes_first_and_comes_back_whole() {
+        let key = |n: u8| PublicKey::of_device([n; 32]);
+        let peer = |endpoint: &str, subnet: &str| PeerState {
+            endpoint: Some(endpoint.parse().unwrap()),
+            allowed: [subnet.parse().unwrap()].into(),
+            ..PeerState::default()
+        };
+        let state = |peers: Vec<(u8, PeerState)>| State {
+            peers: peers.into_iter().map(|(n, peer)| (key(n), peer)).collect(),
+            edits: Edits::Anew,
+            ..State::default()
+        };
+        let same = peer("10.240.0.9:51820", "10.42.9.0/24");
+        let from = state(vec![(1, peer("10.240.0.1:51820", "10.42.1.0/24")), (9, same.clone())]);
+        // A subnet passes from one to another, which is new; the third is not touched.
+        let to =
+            [(1, peer("10.240.0.1:51820", "10.42.3.0/24")), (2, peer("10.240.0.2:51820", "10.42.1.0/24")), (9, same)];
+        let changes = Changes::between(&from, &state(to.into()));
+        let (one, two, none) = ("01".repeat(32), "02".repeat(32), "00".repeat(32));
+        let whole = |key: &str, n: u8, subnet: &str| {
+            format!(
+                "public_key={key}\nremove=false\npreshared_key={none}\nendpoint=10.240.0.{n}:51820\n\
+                 persistent_keepalive_interval=0\nreplace_allowed_ips=true\nallowed_ip={subnet}\n"
+            )
+        };
+        assert_eq!(
+            request(&changes, None).as_str(),
+            format!(
+                "set=1\npublic_key={one}\nremove=true\n{}{}\n",
+                whole(&one, 1, "10.42.3.0/24"),
+                whole(&two, 2, "10.42.1.0/24")
+            )
+        );
+    }
+
     proptest! {
         #[test]
         fn no_answer_makes_it_panic(lines in proptest::collection::vec("[a-z_]{0,32}(=[ -~]{0,70})?", 0..20)) {
