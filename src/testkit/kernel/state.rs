@@ -315,9 +315,12 @@ impl State {
         }
         self.flush_neighbours(name, None);
         let addresses = self.addresses.remove(name).unwrap_or_default();
-        for address in addresses {
-            self.tell(Event::Address(name.clone(), address, false));
-            self.source_gone(address.ip());
+        for (place, address) in addresses.iter().enumerate() {
+            self.tell(Event::Address(name.clone(), *address, false));
+            // The primary goes first, and for a secondary without one `fib_del_ifaddr` does nothing.
+            if !is_secondary(*address, &addresses[..place]) {
+                self.source_gone(address.ip());
+            }
         }
         let entries: Vec<_> = self.fdb.keys().filter(|(device, _)| device == name).cloned().collect();
         for key in entries {
@@ -539,11 +542,9 @@ impl State {
         let Some(place) = list.iter().position(|a| *a == address) else {
             return Err(Errno::ADDRNOTAVAIL);
         };
-        let same_subnet =
-            |a: &IpNetwork| a.is_ipv4() && a.prefix() == address.prefix() && a.network() == address.network();
-        let primary = address.is_ipv4() && !list.iter().take(place).any(same_subnet);
+        let primary = address.is_ipv4() && !is_secondary(address, &list[..place]);
         let gone: Vec<IpNetwork> =
-            list.iter().filter(|a| **a == address || (primary && same_subnet(a))).copied().collect();
+            list.iter().filter(|a| **a == address || (primary && same_subnet(address, **a))).copied().collect();
         list.retain(|a| !gone.contains(a));
         let no_v4 = address.is_ipv4() && !list.iter().any(|a| a.is_ipv4());
         for address in gone {
@@ -573,10 +574,10 @@ impl State {
         if self.links.get(name).is_none_or(|l| l.loopback) {
             return;
         }
-        let secondary = address.is_ipv4()
-            && self.addresses.get(name).is_some_and(|list| {
-                list.iter().take_while(|a| **a != address).any(|a| canonical(*a) == canonical(address))
-            });
+        let secondary = self.addresses.get(name).is_some_and(|list| {
+            let earlier = list.iter().position(|a| *a == address).unwrap_or(list.len());
+            is_secondary(address, &list[..earlier])
+        });
         if let Some(route) = Self::connected(name, address).filter(|_| !secondary) {
             let list = self.routes.entry((route.destination, route.metric)).or_default();
             if !list.contains(&route) {
@@ -904,6 +905,15 @@ impl State {
 /// The network of an address, without host bits.
 pub(super) fn canonical(address: IpNetwork) -> IpNetwork {
     IpNetwork::new(address.network(), address.prefix()).unwrap_or(address)
+}
+
+fn same_subnet(one: IpNetwork, other: IpNetwork) -> bool {
+    canonical(one) == canonical(other)
+}
+
+/// Whether an IPv4 address comes after another of its subnet on the device (`IFA_F_SECONDARY`). IPv6 knows no such thing.
+fn is_secondary(address: IpNetwork, earlier: &[IpNetwork]) -> bool {
+    address.is_ipv4() && earlier.iter().any(|a| same_subnet(*a, address))
 }
 
 fn is_unicast(address: IpAddr) -> bool {
