@@ -320,6 +320,23 @@ async fn invariant_13_at_rest_nothing_is_written_and_checks_are_ten_seconds_apar
 }
 
 #[tokio::test(start_paused = true)]
+async fn invariant_13_checks_that_take_long_are_so_far_apart_that_they_take_a_500th_of_the_time() {
+    let (kernel, _subnets, running) = cluster().await;
+    let domains = u32::try_from(kernel.drivers().len()).unwrap();
+    let check = Duration::from_millis(40) * domains;
+    kernel.faults().slow_looks(check / domains);
+    let checks = || running.overlay.status().borrow().counters.checks;
+    // The first slow one comes ten seconds after a fast one.
+    let before = checks();
+    eventually("a slow check", || checks() > before).await;
+    let (before, time) = (checks(), Duration::from_secs(10_000));
+    tokio::time::sleep(time).await;
+    let done = u32::try_from(checks() - before).unwrap();
+    let share = (check * done).as_secs_f64() / time.as_secs_f64();
+    assert!((0.0015..=0.002).contains(&share), "{done} checks, {share} of the time");
+}
+
+#[tokio::test(start_paused = true)]
 async fn fault_29_an_overrun_of_hints_leads_to_a_whole_look() {
     let (kernel, _subnets, _running) = cluster().await;
     kernel.faults().lose_all_hints();

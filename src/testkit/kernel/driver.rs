@@ -8,7 +8,7 @@ use std::task::Poll;
 use super::hints::Listener;
 use super::state::ENXIO;
 use super::{Death, Inner, Stop};
-use crate::driver::{ChangeStream, DriverError, Errno, Scope, UnitResult};
+use crate::driver::{ChangeStream, DriverError, Errno, Observed, Scope, UnitResult};
 use crate::plan::{Domain, Step, UnitPlan};
 
 #[derive(Debug)]
@@ -39,6 +39,20 @@ impl Port {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A look, with the faults that were set for it. It begins when it is asked for, and may take its time.
+    pub(super) async fn observe(
+        &self,
+        domain: &Domain,
+        look: impl FnOnce(&mut Inner) -> Observed,
+    ) -> Result<Observed, DriverError> {
+        let (seen, takes) =
+            self.with(|inner| (inner.faults.observing(domain).map(|()| look(inner)), inner.faults.look_takes)).await;
+        if !takes.is_zero() {
+            tokio::time::sleep(takes).await;
+        }
+        seen
     }
 
     /// Units one after the other; between two of them others may run, and the future may be dropped.

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::Inner;
 use crate::driver::{Change, DriverError, Errno};
@@ -39,6 +40,7 @@ pub(super) struct FaultState {
     denied: bool,
     observe: Vec<(Option<Domain>, u32, DriverError)>,
     listen: Vec<(Option<Domain>, u32, DriverError)>,
+    pub(super) look_takes: Duration,
     lost: Option<HintTest>,
     pub(super) held: Option<Vec<(usize, Change)>>,
     pub(super) doubled: bool,
@@ -178,6 +180,11 @@ impl Faults {
     pub fn fail_observe(&self, domain: impl Into<Option<Domain>>, times: u32, error: DriverError) {
         let domain = domain.into();
         self.set(|f| f.observe.push((domain, times, error)));
+    }
+
+    /// Every `observe` takes so long, by tokio's clock.
+    pub fn slow_looks(&self, takes: Duration) {
+        self.set(|f| f.look_takes = takes);
     }
 
     /// `changes` of a domain (or any) fails so many times.

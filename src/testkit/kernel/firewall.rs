@@ -24,8 +24,7 @@ impl Driver for FakeFirewall {
 
     async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
         self.port
-            .with(|inner| {
-                inner.faults.observing(&Domain::Firewall)?;
+            .observe(&Domain::Firewall, |inner| {
                 let mut observed = Observed::default();
                 for (family, table) in &inner.state.tables {
                     let flannel = scope.adopt && inner.state.flannel_tables.contains(family);
@@ -48,7 +47,7 @@ impl Driver for FakeFirewall {
                     }
                 }
                 observed.warnings.extend(inner.state.warnings.values().flatten().cloned());
-                Ok(observed)
+                observed
             })
             .await
     }

@@ -34,12 +34,7 @@ impl Driver for FakeNetlink {
     }
 
     async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
-        self.port
-            .with(|inner| {
-                inner.faults.observing(&Domain::Netlink)?;
-                Ok(observe(&inner.state, scope))
-            })
-            .await
+        self.port.observe(&Domain::Netlink, |inner| observe(&inner.state, scope)).await
     }
 
     async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {

@@ -20,15 +20,14 @@ impl Driver for FakeSysctl {
 
     async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
         self.port
-            .with(|inner| {
-                inner.faults.observing(&Domain::Sysctl)?;
+            .observe(&Domain::Sysctl, |inner| {
                 let found = scope.sysctls.iter().filter_map(|name| {
                     // As the real driver: what a device has not is off.
                     let absent = || name.device().map(|_| "0".to_owned());
                     let value = inner.state.sysctls.get(name).cloned().or_else(absent)?;
                     Some((Object::Sysctl(Sysctl { name: name.clone(), value }), Owner::Ours))
                 });
-                Ok(Observed { objects: found.collect(), ..Observed::default() })
+                Observed { objects: found.collect(), ..Observed::default() }
             })
             .await
     }
