@@ -276,7 +276,8 @@ impl NodeBuilder {
     }
 
     /// Whether devices, routes and tables that flannel left are taken over (see `docs/ownership.md`), or left alone and
-    /// reported as conflicts.
+    /// reported as conflicts. Left alone, its VXLAN device goes on carrying pod packets in plain text until this node holds its lease,
+    /// also with [`require_encryption`](NodeBuilder::require_encryption).
     pub fn adopt_flannel(mut self, adopt: bool) -> Self {
         self.adopt = adopt;
         self
@@ -314,7 +315,8 @@ impl NodeBuilder {
     /// With it, only backends that encrypt may be given, and a peer that offers none of them is unreachable. From the moment on
     /// when the cluster networks are known, a blackhole stands behind all routes to them, so that nothing follows the
     /// default route while the backend's device is not there; and VXLAN devices and routes to peers that an earlier
-    /// configuration, or flannel, left are taken away at once, without waiting for the leases. Once this node holds its
+    /// configuration, or flannel (unless [what it left is not touched](NodeBuilder::adopt_flannel)), left are taken away at once,
+    /// without waiting for the store to give this node its lease, or to tell the others'. Once this node holds its
     /// lease, a rule of the packet filter, whatever the masquerade policy, drops what goes to pods of other nodes by any device but the
     /// backend's ([`Hook::Seal`](crate::masquerade::Hook::Seal)). So neither flushed routes nor flushed rules let anything out; only
     /// both in the same moment do, until they are repaired. Both stay with [`Shutdown::Keep`](crate::Shutdown::Keep) and when

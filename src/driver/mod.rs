@@ -48,6 +48,9 @@ pub struct Observed {
     pub warnings: Vec<Conflict>,
     /// What the host has beside; from the netlink driver alone.
     pub host: Option<HostView>,
+    /// Why a part of the domain could not be read, where the rest could: what it is, `conflicts` name. It is looked at again soon, and
+    /// the time of this look does not count, since it was spent waiting.
+    pub unread: Option<DriverError>,
 }
 
 /// A hint that the kernel's state moved. Hints can be lost, late and double: they say when to look, not what is there.

@@ -129,6 +129,8 @@ pub(crate) struct Engine {
     round_at: Moment,
     /// Domains whose last look failed, and why: nothing is changed there.
     unseen: BTreeMap<Domain, DriverError>,
+    /// Domains of which a part could not be read: that part is a conflict.
+    unread: BTreeSet<Domain>,
     /// When those are tried again.
     look_again_at: Option<Moment>,
     /// Settings of the host that this run changed: they stay.
@@ -193,6 +195,7 @@ impl Engine {
             check_at: now,
             round_at: now,
             unseen: BTreeMap::new(),
+            unread: BTreeSet::new(),
             look_again_at: None,
             settings_made: BTreeMap::new(),
             fights: 0,
@@ -294,7 +297,7 @@ impl Engine {
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
         }
         if self.look_again_at.is_some_and(|at| now >= at) {
-            self.stale.extend(self.unseen.keys().cloned());
+            self.stale.extend(self.unseen.keys().chain(&self.unread).cloned());
         }
         if !self.stale.is_empty() && (check || now >= self.look_at) {
             self.look().await;
@@ -333,15 +336,26 @@ impl Engine {
     /// Brings this node's view up to date. Where that makes other things of the kernel ours to look at, it looks at them first.
     async fn refresh(&mut self) {
         self.refresh_view();
-        let (Some(network), Some(view)) = (&self.control.network, &self.view) else { return };
-        let underlay = Some(&view.underlay.device);
-        if self.scope.as_ref().is_none_or(|scope| scope.underlay.as_ref() != underlay) {
-            self.scope = Some(wish::scope(&self.settings, network.networks(), underlay));
+        let Some(network) = &self.control.network else { return };
+        let networks = network.networks();
+        let underlay = self.underlay_device(&networks);
+        if underlay.is_some() && self.scope.as_ref().is_none_or(|scope| scope.underlay != underlay) {
+            self.scope = Some(wish::scope(&self.settings, networks, underlay.as_ref()));
             self.listen().await;
             self.stale.extend(self.drivers.iter().map(|d| d.domain()));
             self.look().await;
             self.refresh_view();
         }
+    }
+
+    /// The underlay's device, also before this node has a lease: what flannel left over it is found by that.
+    fn underlay_device(&self, networks: &Stack<Ipv4Network, Ipv6Network>) -> Option<DeviceName> {
+        if let Some(view) = &self.view {
+            return Some(view.underlay.device.clone());
+        }
+        let families: Vec<Family> = networks.families().collect();
+        let chosen = wish::choose(&self.settings, self.host.as_ref()?, &families, None);
+        chosen.ok().map(|(underlay, _)| underlay.device)
     }
 
     fn want_guards(&mut self) {
@@ -382,7 +396,8 @@ impl Engine {
     /// Looks at the domains that may have moved. The picture of a domain moves as a whole or not at all.
     async fn look(&mut self) {
         let Some(scope) = self.scope.clone() else { return };
-        let begun = self.settings.clock.now();
+        // What was spent waiting for somebody who does not answer is no work.
+        let mut took = Duration::ZERO;
         let whole = self.drivers.iter().all(|d| self.stale.contains(&d.domain()));
         let mut looked_again = false;
         for driver in self.drivers.clone() {
@@ -390,9 +405,15 @@ impl Engine {
             if !self.stale.contains(&domain) {
                 continue;
             }
-            looked_again |= self.unseen.contains_key(&domain);
+            looked_again |= self.unseen.contains_key(&domain) || self.unread.contains(&domain);
+            self.unread.remove(&domain);
+            let begun = self.settings.clock.now();
             match driver.observe(&scope).await {
                 Ok(observed) => {
+                    match observed.unread {
+                        None => took += self.settings.clock.now().saturating_sub(begun),
+                        Some(_) => drop(self.unread.insert(domain.clone())),
+                    }
                     self.stale.remove(&domain);
                     self.unseen.remove(&domain);
                     self.picture.observe(&domain, observed.objects, observed.conflicts);
@@ -411,7 +432,6 @@ impl Engine {
             }
         }
         let now = self.settings.clock.now();
-        let took = now.saturating_sub(begun);
         self.counters.last_check = took;
         self.look_at = now + took * HINT_REST;
         // A look at some domains is no check of the others.
@@ -421,7 +441,7 @@ impl Engine {
             let spread = 1.0 + 0.2 * backoff::fraction(salt, self.settings.node.as_str());
             self.check_at = now + self.settings.check_period.mul_f64(spread).max(took * CHECK_REST);
         }
-        if self.unseen.is_empty() {
+        if self.unseen.is_empty() && self.unread.is_empty() {
             self.look_again_at = None;
         } else if looked_again || self.look_again_at.is_none() {
             self.look_again_at = Some(now + LOOK_AGAIN);
@@ -805,13 +825,16 @@ impl Engine {
         }
     }
 
-    /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
+    /// Takes out of a plan the peers of a family whose device waits for its next try, or is not to be touched: one trouble, not one
+    /// a peer.
     fn leave_groundless(&self, plan: &mut Plan) {
         let waiting: Vec<Family> = Family::BOTH
             .into_iter()
             .filter(|family| {
                 let ground = Unit::Node(*family);
-                self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground)
+                let mut devices = self.desired.unit(&ground).iter().filter(|object| object.makes().is_some());
+                devices.any(|device| self.conflicts.contains_key(&device.key()))
+                    || (self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground))
             })
             .collect();
         plan.units.retain(|u| !matches!(&u.unit, Unit::Peer(_, family) if waiting.contains(family)));

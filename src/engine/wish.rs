@@ -376,8 +376,10 @@ const GUARD_METRIC: u32 = 0x7064_0000;
 pub(super) fn guards(scope: &Scope, host: &HostView) -> Vec<(Unit, Vec<Object>)> {
     let networks = scope.networks.families().filter_map(|family| Some((family, of(&scope.networks, family)?)));
     let used = |network: IpNetwork| {
-        let holds = |r: &&HostRoute| r.destination.prefix() <= network.prefix() && r.destination.contains(network.ip());
-        host.routes.iter().filter(|r| r.gateway.is_none() && r.destination.prefix() > 0).any(|r| holds(&r))
+        let holds = |r: &HostRoute| r.destination.prefix() <= network.prefix() && r.destination.contains(network.ip());
+        // By a device, as `underlay::collisions` has it: a route of several ways, or a blackhole, is no network of the host's.
+        let connected = |r: &HostRoute| r.device.is_some() && r.gateway.is_none() && r.destination.prefix() > 0;
+        host.routes.iter().any(|r| connected(r) && holds(r))
     };
     networks
         .map(|(family, network)| {

@@ -19,6 +19,7 @@ use podnet_lab::{Host, Lab, LabSpec, Netns, Pod, wait_until};
 use podnet_wireguard::{PrivateKey, PublicKey, Userspace, WireGuard};
 use rtnetlink::LinkWireguard;
 use rustix::fs::{Access, access};
+use rustix::process::Pid;
 use tokio::sync::SemaphorePermit;
 
 use super::eye::Eye;
@@ -121,6 +122,17 @@ impl Seat {
     pub fn has_daemon(&self) -> bool {
         Path::new(&format!("/var/run/wireguard/{}.sock", self.device)).exists()
     }
+}
+
+/// The daemon of a device: no other process has that name as an argument.
+pub fn daemon(device: &str) -> Pid {
+    let all = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let serves = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|argument| argument == device.as_bytes())
+    };
+    let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).filter(serves);
+    pids.next().and_then(Pid::from_raw).expect("a daemon serves the device")
 }
 
 fn backend(key: PrivateKey, device: &str, device_v6: &str) -> WireGuard {

@@ -108,7 +108,7 @@ async fn invariant_10_a_blackhole_stands_behind_the_network_before_any_lease_is_
 
 #[tokio::test(start_paused = true)]
 async fn invariant_10_what_another_backend_left_is_taken_away_at_once_without_waiting_for_leases() {
-    // A node of VXLAN that is killed and started anew with encryption, while the store is away; and flannel's host-gw.
+    // A node of VXLAN that is killed and started anew with encryption, while the store is away and gives no lease; and flannel's host-gw.
     let (kernel, subnets) = (host(), store());
     subnets.faults().inject(peer(1));
     start(&kernel, &subnets).await.kill(&kernel).await;
@@ -116,7 +116,8 @@ async fn invariant_10_what_another_backend_left_is_taken_away_at_once_without_wa
     kernel.ip_route_add(KernelRoute::boot("10.42.9.0/24".parse().unwrap(), via)).unwrap();
     assert!(kernel.dump().contains("route 10.42.1.0/24 via 10.42.1.0 dev flannel.1"));
     let away = SubnetError::Unavailable { attempted: "watch".into(), reason: "503".into() };
-    subnets.faults().fail_next(Call::Watch, usize::MAX, away);
+    subnets.faults().fail_next(Call::Watch, usize::MAX, away.clone());
+    subnets.faults().fail_next(Call::Acquire, usize::MAX, away);
     let running = spawn(sealed(&kernel, &subnets)).await;
     eventually("the old way is gone", || !kernel.dump().contains("flannel.1 ")).await;
     assert!(!kernel.dump().contains("10.42.1.0/24"), "{}", kernel.dump());
@@ -205,6 +206,16 @@ async fn the_blackhole_outlives_a_stop_and_goes_with_all_else_when_the_state_is_
     let report = second.overlay.shutdown(Shutdown::Leave).await.unwrap();
     assert!(report.is_clean(), "{report:?}");
     assert!(!kernel.dump().contains("proto 112"), "{}", kernel.dump());
+}
+
+#[tokio::test(start_paused = true)]
+async fn invariant_10_a_route_around_the_network_by_no_one_device_takes_no_blackhole_away() {
+    // As the netlink driver tells a blackhole of somebody else's, and a route with several ways: of no device, and without a gateway.
+    let (kernel, subnets) = (host(), store());
+    kernel.ip_route_add(KernelRoute::boot("10.0.0.0/8".parse().unwrap(), NextHop::Blackhole)).unwrap();
+    let running = running(&kernel, &subnets).await;
+    assert!(kernel.dump().contains(BLACKHOLE), "{}", kernel.dump());
+    assert!(running.overlay.status().borrow().conflicts.is_empty());
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,18 +1,22 @@
 //! The engine on a fake kernel: what it makes, what it heals, what it survives. Time is paused, so that hours cost nothing;
 //! the fake is held to the real kernel by the test `model`.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use podnet::driver::Errno;
+use async_trait::async_trait;
+use podnet::driver::{ChangeStream, Driver, DriverError, Errno, Observed, Scope, UnitResult};
 use podnet::masquerade::MasqueradePolicy;
-use podnet::plan::{Conflict, Key, SysctlName};
+use podnet::plan::{Conflict, Domain, Key, SysctlName, UnitPlan};
 use podnet::status::{ConditionKind, ConditionState, PeerState, Status};
 use podnet::subnet::SubnetError;
 use podnet::subnet::memory::MemorySubnets;
 use podnet::testkit::kernel::{Death, FakeKernel};
 use podnet::types::{DeviceName, Family, Stack};
-use podnet::{Error, HostSetting, Shutdown};
+use podnet::{Error, HostSetting, Node, Shutdown};
 use podnet_tests::{Running, builder, claim, eventually, host, name, peer, spawn, start, store};
+use podnet_vxlan::Vxlan;
 
 fn dev(name: &str) -> DeviceName {
     name.parse().unwrap()
@@ -334,6 +338,49 @@ async fn invariant_13_checks_that_take_long_are_so_far_apart_that_they_take_a_50
     let done = u32::try_from(checks() - before).unwrap();
     let share = (check * done).as_secs_f64() / time.as_secs_f64();
     assert!((0.0015..=0.002).contains(&share), "{done} checks, {share} of the time");
+}
+
+/// A driver that can read only a part of its domain, and waits for the rest.
+#[derive(Debug)]
+struct Waiting {
+    inner: Arc<dyn Driver>,
+    looks: Arc<AtomicUsize>,
+}
+
+#[async_trait]
+impl Driver for Waiting {
+    fn domain(&self) -> Domain {
+        self.inner.domain()
+    }
+    async fn observe(&self, scope: &Scope) -> Result<Observed, DriverError> {
+        self.looks.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let unread = DriverError::Io { attempted: "read the rest".into(), reason: "no answer".into() };
+        Ok(Observed { unread: Some(unread), ..self.inner.observe(scope).await? })
+    }
+    async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
+        self.inner.apply(units).await
+    }
+    async fn changes(&self, scope: &Scope) -> Result<ChangeStream, DriverError> {
+        self.inner.changes(scope).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_read_is_looked_at_again_soon_and_waiting_for_it_puts_no_check_off() {
+    let (kernel, subnets, looks) = (host(), store(), Arc::new(AtomicUsize::new(0)));
+    subnets.faults().inject(peer(1));
+    let firewall = Waiting { inner: kernel.firewall(), looks: Arc::clone(&looks) };
+    let node = Node::builder("me", subnets.clone()).backend(Vxlan::new());
+    let running = spawn(node.driver(kernel.sysctl()).driver(kernel.netlink()).driver(firewall)).await;
+    running.until(|s| s.is_ready() && s.peers.connected == 1).await;
+    let before = looks.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert!(looks.load(Ordering::Relaxed) - before >= 20, "every four seconds");
+    kernel.faults().lose_all_hints();
+    kernel.flush_routes(&dev("flannel.1"));
+    let took = eventually("the check found it", || kernel.dump().contains("10.42.1.0/24 via")).await;
+    assert!(took < Duration::from_secs(20), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]

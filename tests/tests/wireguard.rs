@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use podnet::driver::SessionState;
 use podnet::lease::{BackendData, Endpoint, Lease, Offer, Precedence};
@@ -16,11 +17,14 @@ use podnet::types::{Family, Stack};
 use podnet::{Node, Shutdown};
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{Capture, PingOptions, ping};
-use podnet_lab::{LabSpec, wait_until};
-use podnet_tests::real::wireguard::{Cluster, PATIENCE, Seat, is_boringtun, shown_own_key, skipped, wg, wg_set};
+use podnet_lab::{LabSpec, Route, wait_until};
+use podnet_tests::real::wireguard::{
+    Cluster, PATIENCE, Seat, daemon, is_boringtun, shown_own_key, skipped, wg, wg_set,
+};
 use podnet_tests::real::{assert_same, connected, heals, lone_host, namespace, network};
-use podnet_tests::{name, spawn};
+use podnet_tests::{name, skipping, spawn};
 use podnet_wireguard::{KIND, Mode, PresharedKey, PrivateKey, WireGuard};
+use rustix::process::{Pid, Signal, kill_process};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pods_of_three_nodes_talk_in_both_families_and_the_underlay_sees_wireguard_alone() {
@@ -387,6 +391,71 @@ async fn fault_36_what_is_in_the_way_is_named_and_left_alone_and_once_it_is_gone
     drop(squatter);
     let back = async || Ok(wg(cluster.netns(0), &device).1 == "51820");
     wait_until("its own port again", PATIENCE, back).await.unwrap();
+}
+
+/// A process that stands still, and goes on when this goes.
+struct Frozen(Pid);
+
+impl Frozen {
+    fn new(pid: Pid) -> Frozen {
+        kill_process(pid, Signal::STOP).unwrap();
+        Frozen(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::CONT);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invariant_09_a_daemon_that_stands_still_is_named_and_the_other_family_and_all_else_goes_on() {
+    if skipped("a daemon that stands still").await {
+        return;
+    }
+    let cluster = Cluster::running(2, Stack::Dual((), ())).await;
+    let (host, seat, node) = (cluster.host(0), &cluster.seats[0], cluster.node(0));
+    if !seat.has_daemon() {
+        skipping("a daemon that stands still", "the kernel has WireGuard, and nobody else is needed");
+        return;
+    }
+    cluster.assert_pods_talk().await;
+    let frozen = Frozen::new(daemon(&seat.device));
+    let key = PrivateKey::generate().public_key();
+    let data = || BackendData::from_text(&format!(r#"{{"PublicKey":"{key}","Port":51820}}"#)).unwrap();
+    cluster.subnets.faults().inject(Lease {
+        node: name("third"),
+        subnets: Stack::Dual("10.42.77.0/24".parse().unwrap(), "2001:db8:42:77::/64".parse().unwrap()),
+        offers: vec![Offer {
+            backend: KIND,
+            endpoints: Stack::Dual(
+                Endpoint { public_ip: "10.241.0.77".parse().unwrap(), data: data() },
+                Endpoint { public_ip: "2001:db8:f1::77".parse().unwrap(), data: data() },
+            ),
+        }],
+        precedence: Precedence { since: 77, identity: "third".to_owned() },
+    });
+    let has = |device: &str| wg(cluster.netns(0), device).2.contains_key(&key.to_string());
+    wait_until("the peer in IPv6", PATIENCE, || async { Ok(has(&seat.device_v6)) }).await.unwrap();
+    let named = |status: &Status| {
+        status.conflicts.iter().any(|c| c.object.to_string().contains(&seat.device) && c.with.contains("not answer"))
+    };
+    let status = node.until(named).await;
+    assert!(!status.is_ready_in(Family::V4) && status.is_ready_in(Family::V6), "{status}");
+    // Once it is known, nobody waits for it.
+    let own = |routes: Vec<Route>| routes.into_iter().find(|route| route.destination.to_string() == "2001:db8:42::/56");
+    let route = own(host.routes_in(Family::V6).await.unwrap()).unwrap();
+    let begun = Instant::now();
+    host.delete_route(&route).await.unwrap();
+    let there = async || Ok(own(host.routes_in(Family::V6).await?).is_some());
+    wait_until("the route of IPv6", PATIENCE, there).await.unwrap();
+    println!("a route of the other family was back after {:?}", begun.elapsed());
+
+    drop(frozen);
+    wait_until("the peer in IPv4", 3 * PATIENCE, || async { Ok(has(&seat.device)) }).await.unwrap();
+    node.until(|status| status.is_ready() && status.conflicts.is_empty()).await;
+    cluster.assert_pods_talk().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

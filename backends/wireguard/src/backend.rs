@@ -76,6 +76,19 @@ impl WireGuard {
             }),
         }
     }
+
+    /// The endpoint whose data say where a peer listens. In the modes with one device flannel listens on the port that it publishes for
+    /// IPv4, whatever it publishes for IPv6; podnet publishes the same for both.
+    fn listening<'a>(
+        &self,
+        view: &NodeView,
+        peer: &'a AdmittedPeer,
+        used: &'a Endpoint<IpAddr>,
+    ) -> &'a Endpoint<IpAddr> {
+        let one_device = self.mode != Mode::Separate && view.networks.v4().is_some();
+        let mut endpoints = [Some(&peer.endpoint), peer.other.as_ref()].into_iter().flatten();
+        endpoints.find(|endpoint| one_device && endpoint.public_ip.is_ipv4()).unwrap_or(used)
+    }
 }
 
 /// flannel's choice for mode auto. Unlike flannel's it never takes a family in which this node has no address.
@@ -181,7 +194,7 @@ impl Backend for WireGuard {
         // Who it is, its own family says; both say the same unless the peer is about to change its key.
         let public_key = PeerData::read(&peer.endpoint.data).map_err(unreachable)?.public_key;
         let endpoint = self.endpoint_of(view, peer)?;
-        let data = PeerData::read(&endpoint.data).map_err(unreachable)?;
+        let data = PeerData::read(&self.listening(view, peer, &endpoint).data).map_err(unreachable)?;
         let port = if data.port == 0 { port } else { data.port };
         let wanted = Peer {
             public_key,

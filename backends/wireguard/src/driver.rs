@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -24,6 +25,12 @@ use crate::device::{Changes, Link, PeerState, State, WireGuardDevices};
 use crate::keys::PublicKey;
 use crate::object::{self, Item, Peer, Tunnel};
 use crate::session;
+
+/// A read that fails after longer than this was waiting for a daemon: it is not waited for at every look.
+const SLOW: Duration = Duration::from_secs(1);
+/// How long such a device is left alone, twice as long each time.
+const LEFT_ALONE: Duration = Duration::from_secs(1);
+const LEFT_ALONE_AT_MOST: Duration = Duration::from_secs(60);
 
 /// The driver. It opens nothing before it is first asked.
 #[derive(Debug)]
@@ -41,6 +48,16 @@ struct Memory {
     told: BTreeMap<(DeviceName, PublicKey), Told>,
     /// Devices that were last seen unmarked and to be taken over.
     adoptable: BTreeSet<DeviceName>,
+    /// Devices whose daemon did not answer, and when it is asked again.
+    silent: BTreeMap<DeviceName, Silence>,
+}
+
+/// A daemon that did not answer in time.
+#[derive(Debug, Clone)]
+struct Silence {
+    until: Instant,
+    wait: Duration,
+    error: DriverError,
 }
 
 /// What the device was told of a peer's place.
@@ -51,14 +68,41 @@ struct Told {
     published: bool,
     /// The device was found with another one, and was not told this: for as long as the session lives that was found with it.
     on_trust: bool,
+    /// When this was noted.
+    since: Instant,
 }
 
 impl Memory {
+    /// Whether this is a device without a mark that was last seen as one to be taken over, and still is.
+    fn takes_over(&self, name: &DeviceName, link: &Link) -> bool {
+        self.adoptable.contains(name) && link.is_wireguard() && link.alias.is_empty()
+    }
+
+    /// Reads a device, unless its daemon did not answer a short while ago.
+    fn read(&mut self, devices: &dyn WireGuardDevices, name: &DeviceName, link: &Link) -> Result<State, DriverError> {
+        let begun = Instant::now();
+        let before = self.silent.remove(name);
+        if let Some(silence) = before.as_ref().filter(|silence| begun < silence.until) {
+            let error = silence.error.clone();
+            self.silent.extend(before.map(|silence| (name.clone(), silence)));
+            return Err(error);
+        }
+        let outcome = devices.read(link);
+        if let Err(error) = &outcome
+            && begun.elapsed() >= SLOW
+        {
+            let wait = before.map_or(LEFT_ALONE, |silence| (silence.wait * 2).min(LEFT_ALONE_AT_MOST));
+            let silence = Silence { until: Instant::now() + wait, wait, error: error.clone() };
+            self.silent.insert(name.clone(), silence);
+        }
+        outcome
+    }
+
     /// The endpoint by which a peer is to be told: the one that was given where WireGuard may have learnt another since.
     fn endpoint(&mut self, device: &DeviceName, key: PublicKey, peer: &PeerState) -> Option<SocketAddr> {
         let is = peer.endpoint?;
-        let told =
-            self.told.entry((device.clone(), key)).or_insert(Told { endpoint: is, published: false, on_trust: false });
+        let first = || Told { endpoint: is, published: false, on_trust: false, since: Instant::now() };
+        let told = self.told.entry((device.clone(), key)).or_insert_with(first);
         told.on_trust &= told.endpoint != is;
         match session::state(peer.last_handshake) {
             // Without a session nothing can have been learnt: somebody set it.
@@ -84,12 +128,12 @@ impl Memory {
             Some(told) if told.published => {
                 told.endpoint == published && !(told.on_trust && state == SessionState::Stale)
             }
-            // A restart: what was published before is not known.
-            _ => state == SessionState::Live,
+            // A restart: what was published before is not known. Whoever was not told anything for so long since had what it published.
+            _ => state == SessionState::Live && told.is_none_or(|told| told.since.elapsed() < session::SESSION),
         };
         let now = is.and_then(|peer| peer.endpoint).filter(|_| keeps);
         let on_trust = now.is_some() && told.is_none_or(|told| told.on_trust || !told.published);
-        self.told.insert(key, Told { endpoint: published, published: true, on_trust });
+        self.told.insert(key, Told { endpoint: published, published: true, on_trust, since: Instant::now() });
         now.unwrap_or(published)
     }
 }
@@ -167,6 +211,9 @@ impl Driver for WireGuardDriver {
 const ADVICE: &str = "it is not a WireGuard device with the alias podnet: delete or rename it, or allow what flannel left to be taken \
                       over if it is that";
 
+const UNREADABLE: &str =
+    "its peers stay as they are meanwhile: restart its daemon, or delete the device, which is then made anew";
+
 /// Whose a device is; `None` for somebody else's. flannel's bears its name and no mark.
 fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
     let named = scope.served.iter().any(|name| name.as_str() == link.name);
@@ -181,7 +228,7 @@ fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
 
 fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -> Result<Observed, DriverError> {
     let mut observed = Observed::default();
-    let mut known = BTreeMap::new();
+    let (mut known, mut unread) = (BTreeMap::new(), BTreeSet::new());
     memory.adoptable.clear();
     for link in devices.list()? {
         let Ok(name) = link.name.parse::<DeviceName>() else { continue };
@@ -199,13 +246,31 @@ fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -
         if owner == Owner::Adoptable {
             memory.adoptable.insert(name.clone());
         }
-        let state = devices.read(&link)?;
-        let tunnel = Tunnel { public_key: state.public_key, port: state.port, mtu: link.mtu, up: link.up };
-        observed.objects.push((Item::Device(name.clone(), tunnel).object(), owner));
+        let tunnel = |public_key, port| {
+            let tunnel = Tunnel { public_key, port, mtu: link.mtu, up: link.up };
+            (Item::Device(name.clone(), tunnel).object(), owner)
+        };
         // What is on a leftover goes with it.
         if !wanted {
+            observed.objects.push(tunnel(None, 0));
             continue;
         }
+        let state = match memory.read(devices, &name, &link) {
+            Ok(state) => state,
+            // The other device may be well, and this one can still be deleted.
+            Err(error) => {
+                observed.objects.push(tunnel(None, 0));
+                observed.conflicts.push(Conflict {
+                    object: object::device_key(&name),
+                    with: error.to_string(),
+                    advice: UNREADABLE.to_owned(),
+                });
+                observed.unread = Some(error);
+                unread.insert(name);
+                continue;
+            }
+        };
+        observed.objects.push(tunnel(state.public_key, state.port));
         for (key, peer) in &state.peers {
             let told = Peer {
                 public_key: *key,
@@ -221,7 +286,10 @@ fn observe(devices: &dyn WireGuardDevices, memory: &mut Memory, scope: &Scope) -
         }
         known.insert(name, state);
     }
-    memory.told.retain(|(device, key), _| known.get(device).is_some_and(|state| state.peers.contains_key(key)));
+    memory.silent.retain(|device, _| unread.contains(device));
+    memory.told.retain(|(device, key), _| {
+        unread.contains(device) || known.get(device).is_some_and(|state: &State| state.peers.contains_key(key))
+    });
     Ok(observed)
 }
 
@@ -322,10 +390,12 @@ enum Trouble {
 fn one(devices: &dyn WireGuardDevices, memory: &mut Memory, step: &Parsed) -> Result<(), DriverError> {
     match &step.item {
         Item::Device(name, _) if step.delete => match devices.find(name)? {
-            Some(link) if link.is_ours() || link.is_deserted() => devices.delete(&link),
+            Some(link) if link.is_ours() || link.is_deserted() || memory.takes_over(name, &link) => {
+                devices.delete(&link)
+            }
             _ => Ok(()),
         },
-        Item::Device(name, tunnel) => make(devices, name, tunnel, memory.adoptable.contains(name)),
+        Item::Device(name, tunnel) => make(devices, memory, name, tunnel),
         Item::Peer(..) | Item::Idle(..) => change_peers(devices, memory, [step]).map_err(|trouble| match trouble {
             Trouble::OfDevice(error) | Trouble::OfPeers(error) => error,
         }),
@@ -335,9 +405,9 @@ fn one(devices: &dyn WireGuardDevices, memory: &mut Memory, step: &Parsed) -> Re
 /// Makes a device be there as wanted.
 fn make(
     devices: &dyn WireGuardDevices,
+    memory: &Memory,
     name: &DeviceName,
     wanted: &Tunnel,
-    take_over: bool,
 ) -> Result<(), DriverError> {
     let attempted = || format!("make WireGuard device {name}");
     if wanted.public_key != Some(devices.own_key()) {
@@ -349,7 +419,7 @@ fn make(
         devices.delete(&deserted)?;
     }
     let link = match there {
-        Some(link) if link.is_ours() || (take_over && link.is_wireguard() && link.alias.is_empty()) => link,
+        Some(link) if link.is_ours() || memory.takes_over(name, &link) => link,
         Some(foreign) => {
             return Err(DriverError::InTheWay {
                 attempted: attempted(),
@@ -374,6 +444,8 @@ struct Work {
     is: State,
     to: State,
     owners: BTreeMap<IpNetwork, PublicKey>,
+    /// Peers that lost a subnet: who has none at the end goes.
+    losers: BTreeSet<PublicKey>,
 }
 
 impl Work {
@@ -381,13 +453,13 @@ impl Work {
         let Some(link) = devices.find(name)?.filter(Link::is_ours) else { return Ok(None) };
         let is = devices.read(&link)?;
         let subnets = is.peers.iter().flat_map(|(key, peer)| peer.allowed.iter().map(|subnet| (*subnet, *key)));
-        Ok(Some(Work { link, to: is.clone(), owners: subnets.collect(), is }))
+        Ok(Some(Work { link, to: is.clone(), owners: subnets.collect(), is, losers: BTreeSet::new() }))
     }
 
     fn give(&mut self, memory: &mut Memory, device: &DeviceName, subnet: IpNetwork, peer: &Peer) {
         let key = peer.public_key;
         if let Some(before) = self.owners.insert(subnet, key).filter(|before| *before != key) {
-            self.take(memory, device, subnet, before);
+            self.take(subnet, before);
         }
         let is = self.to.peers.get(&key);
         let endpoint = peer.endpoint.map(|published| memory.settle(device, key, is, published));
@@ -398,17 +470,20 @@ impl Work {
         entry.allowed.insert(subnet);
     }
 
-    /// Takes a subnet from a peer; one that has no other is no peer any more.
-    fn take(&mut self, memory: &mut Memory, device: &DeviceName, subnet: IpNetwork, key: PublicKey) {
+    /// Takes a subnet from a peer, which may be given another by a later step.
+    fn take(&mut self, subnet: IpNetwork, key: PublicKey) {
         let Some(peer) = self.to.peers.get_mut(&key) else { return };
         peer.allowed.remove(&subnet);
-        self.forget_idle(memory, device, key);
+        self.losers.insert(key);
     }
 
-    fn forget_idle(&mut self, memory: &mut Memory, device: &DeviceName, key: PublicKey) {
-        if self.to.peers.get(&key).is_some_and(|peer| peer.allowed.is_empty()) {
-            self.to.peers.remove(&key);
-            memory.told.remove(&(device.clone(), key));
+    /// One that has no subnet is no peer any more.
+    fn forget_idle(&mut self, memory: &mut Memory, device: &DeviceName) {
+        for key in std::mem::take(&mut self.losers) {
+            if self.to.peers.get(&key).is_some_and(|peer| peer.allowed.is_empty()) {
+                self.to.peers.remove(&key);
+                memory.told.remove(&(device.clone(), key));
+            }
         }
     }
 }
@@ -430,9 +505,11 @@ fn change_peers<'a>(
             (Some(work), Item::Peer(_, subnet, peer)) if !step.delete => work.give(&mut after, device, *subnet, peer),
             (Some(work), Item::Peer(_, subnet, peer)) => {
                 work.owners.remove(subnet);
-                work.take(&mut after, device, *subnet, peer.public_key);
+                work.take(*subnet, peer.public_key);
             }
-            (Some(work), Item::Idle(_, key)) => work.forget_idle(&mut after, device, *key),
+            (Some(work), Item::Idle(_, key)) => {
+                work.losers.insert(*key);
+            }
             (Some(_), Item::Device(..)) => {}
             (None, _) if step.delete => {}
             (None, _) => {
@@ -444,10 +521,15 @@ fn change_peers<'a>(
             }
         }
     }
-    for work in works.values().flatten() {
+    for (device, work) in works.iter_mut().filter_map(|(device, work)| Some((device, work.as_mut()?))) {
+        work.forget_idle(&mut after, device);
         let changes = Changes::between(&work.is, &work.to);
         if !changes.is_empty() {
-            devices.change(&work.link, &changes).map_err(Trouble::OfPeers)?;
+            devices.change(&work.link, &changes).map_err(|error| match error {
+                // No refusal: nobody answered.
+                DriverError::Io { .. } => Trouble::OfDevice(error),
+                error => Trouble::OfPeers(error),
+            })?;
         }
     }
     *memory = after;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 use podnet::driver::netlink::ALIAS;
 use podnet::driver::{DriverError, Errno};
@@ -27,6 +28,10 @@ pub(crate) struct World {
     pub(crate) taken_ports: BTreeSet<u16>,
     /// Peers with whom a change is refused.
     pub(crate) refused: BTreeSet<PublicKey>,
+    /// Devices whose daemon does not answer: each read waits so long.
+    pub(crate) silent: BTreeMap<String, Duration>,
+    /// No change is answered.
+    pub(crate) mute: bool,
     pub(crate) reads: usize,
     pub(crate) writes: Vec<Changes>,
     next: u32,
@@ -103,12 +108,21 @@ impl WireGuardDevices for Fake {
     fn read(&self, link: &Link) -> Result<State, DriverError> {
         let mut world = self.world();
         world.reads += 1;
+        if let Some(wait) = world.silent.get(&link.name) {
+            std::thread::sleep(*wait);
+            let (attempted, reason) = (format!("read {}", link.name), "the daemon does not answer".to_owned());
+            return Err(DriverError::Io { attempted, reason });
+        }
         world.state(link).cloned()
     }
 
     fn change(&self, link: &Link, changes: &Changes) -> Result<(), DriverError> {
         let mut world = self.world();
         world.writes.push(changes.clone());
+        if world.mute {
+            let attempted = format!("change peers of {}", link.name);
+            return Err(DriverError::Io { attempted, reason: "the daemon does not answer".to_owned() });
+        }
         if changes.set.iter().any(|change| world.refused.contains(&change.public_key)) {
             let attempted = format!("change peers of {}", link.name);
             return Err(DriverError::Refused { attempted, errno: Errno::INVAL, detail: String::new() });

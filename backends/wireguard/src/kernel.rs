@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use ipnetwork::IpNetwork;
-use podnet::driver::DriverError;
+use podnet::driver::{DriverError, Errno};
 use wireguard_control::{
     Backend, Device, DeviceUpdate, InterfaceName, InvalidInterfaceName, Key, PeerConfigBuilder, PeerInfo,
 };
@@ -22,8 +22,8 @@ use crate::object::Psk;
 /// The device with its peers.
 pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, DriverError> {
     let attempted = format!("read WireGuard device {name}");
-    let interface = interface(name).map_err(|e| io_error(&attempted, &e, ""))?;
-    let mut device = Device::get(&interface, Backend::Kernel).map_err(|e| io_error(&attempted, &e, ""))?;
+    let interface = interface(name).map_err(|e| refused(&attempted, &e))?;
+    let mut device = Device::get(&interface, Backend::Kernel).map_err(|e| refused(&attempted, &e))?;
     if let Some(key) = &mut device.private_key {
         key.0.zeroize();
     }
@@ -75,7 +75,7 @@ pub(crate) fn configure(name: &str, key: &PrivateKey, port: u16) -> Result<(), D
     let update = DeviceUpdate::new().set_private_key(Key(*key.expose())).set_listen_port(port);
     match interface(name).and_then(|interface| update.apply(&interface, Backend::Kernel)) {
         Err(error) if error.raw_os_error() == Some(IN_USE) => Err(port_in_use(name, port)),
-        outcome => outcome.map_err(|e| io_error(&format!("set key and port of {name}"), &e, "")),
+        outcome => outcome.map_err(|e| refused(&format!("set key and port of {name}"), &e)),
     }
 }
 
@@ -109,9 +109,38 @@ pub(crate) fn change(name: &str, changes: &Changes, psk: Option<&PresharedKey>) 
     let peers = changes.set.len() + changes.remove.len();
     interface(name)
         .and_then(|interface| update.apply(&interface, Backend::Kernel))
-        .map_err(|e| io_error(&format!("change {peers} peers of {name}"), &e, ""))
+        .map_err(|e| refused(&format!("change {peers} peers of {name}"), &e))
+}
+
+/// The kernel's answer. What `wireguard-control` says itself is not repeated: a peer that does not fit into a message it prints, with the
+/// pre-shared key.
+fn refused(attempted: &str, error: &io::Error) -> DriverError {
+    match error.raw_os_error() {
+        Some(_) => io_error(attempted, error, ""),
+        None => DriverError::Refused {
+            attempted: attempted.to_owned(),
+            errno: Errno::INVAL,
+            detail: format!("wireguard-control did not ask the kernel: {}", error.kind()),
+        },
+    }
 }
 
 fn interface(name: &str) -> io::Result<InterfaceName> {
     name.parse().map_err(|error: InvalidInterfaceName| error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_wireguard_control_says_of_a_peer_that_does_not_fit_is_not_repeated() {
+        let said =
+            io::Error::other("encoded peer PeerConfigBuilder { preshared_key: Some(\"c2VjcmV0\") } is too large");
+        let told = refused("change 1 peers of flannel-wg", &said);
+        assert!(!format!("{told} {told:?}").contains("c2Vj"), "{told}");
+        assert!(told.to_string().contains("change 1 peers of flannel-wg"), "{told}");
+        let kernels = refused("read WireGuard device flannel-wg", &io::Error::from_raw_os_error(19));
+        assert!(matches!(kernels, DriverError::Refused { errno: Errno::NODEV, .. }), "{kernels}");
+    }
 }

@@ -57,7 +57,8 @@ pub enum KeyFileError {
 
 impl PrivateKey {
     /// The key in this file. Where there is none, a new one is written first: with mode 0400, complete or not at all, in a folder that is
-    /// made with mode 0700 if it is not there. Of several processes that do this at once, all get the key of the first.
+    /// made with mode 0700 if it is not there. Of several processes that do this at once, all get the key of the first (on a file system that
+    /// can rename without replacing, as all usual ones can).
     ///
     /// It blocks on the file system: call it before the node starts.
     ///

@@ -116,6 +116,18 @@ fn foreign(link: &Link) -> DriverError {
     }
 }
 
+/// `wireguard-control` makes a device that is not there, without our mark and with our key: it would be nobody's.
+fn unless_remade(link: &Link) -> Result<(), DriverError> {
+    let mut links = Links::open()?;
+    match links.named(&link.name)? {
+        Some(now) if now.index != link.index && now.alias != ALIAS && now.kind == "wireguard" => {
+            links.delete(&now)?;
+            Err(foreign(link))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl WireGuardDevices for System {
     fn own_key(&self) -> PublicKey {
         self.private_key.public_key()
@@ -152,6 +164,7 @@ impl WireGuardDevices for System {
             Kind::Kernel => {
                 links.set_mtu(&device, mtu)?;
                 kernel::configure(name, &self.private_key, port)?;
+                unless_remade(link)?;
                 links.set_up(&device).map_err(|error| match error.raw_os_error() {
                     Some(IN_USE) => port_in_use(name, port),
                     _ => io_error(&format!("set link {name} up"), &error, ""),
@@ -195,15 +208,7 @@ impl WireGuardDevices for System {
         match &link.kind {
             Kind::Kernel => {
                 kernel::change(&link.name, changes, self.psk.as_ref())?;
-                // wireguard-control makes a device that is not there: it would be nobody's.
-                let mut links = Links::open()?;
-                match links.named(&link.name)? {
-                    Some(now) if now.index != link.index && now.alias != ALIAS && now.kind == "wireguard" => {
-                        links.delete(&now)?;
-                        Err(foreign(link))
-                    }
-                    _ => Ok(()),
-                }
+                unless_remade(link)
             }
             Kind::User => uapi::change(&link.name, changes, self.psk.as_ref()),
             Kind::Other(_) => Err(foreign(link)),

@@ -167,10 +167,10 @@ fn a_peer_in_each_mode_and_stack_is_reached_where_flannel_reaches_it_and_in_one_
     let ports = (51_820, 51_821);
     for (mode, device_v6, endpoint_of_v4, endpoint_of_v6) in [
         (Mode::Separate, "flannel-wg-v6", "10.240.0.101:51820", "[2001:db8:f0::101]:51821"),
-        // Private IPv4, public IPv6.
-        (Mode::Auto, "flannel-wg", "[2001:db8:f0::101]:51821", "[2001:db8:f0::101]:51821"),
+        // Private IPv4, public IPv6. With one device flannel listens on the port for IPv4 and publishes the other one in IPv6.
+        (Mode::Auto, "flannel-wg", "[2001:db8:f0::101]:51820", "[2001:db8:f0::101]:51820"),
         (Mode::Ipv4, "flannel-wg", "10.240.0.101:51820", "10.240.0.101:51820"),
-        (Mode::Ipv6, "flannel-wg", "[2001:db8:f0::101]:51821", "[2001:db8:f0::101]:51821"),
+        (Mode::Ipv6, "flannel-wg", "[2001:db8:f0::101]:51820", "[2001:db8:f0::101]:51820"),
     ] {
         let backend = backend().mode(mode);
         let both = view(&backend, Stack::Dual((), ()));

@@ -11,7 +11,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnetwork::IpNetwork;
 use podnet::driver::DriverError;
@@ -25,8 +25,10 @@ use crate::object::Psk;
 
 /// Where daemons have their sockets, by the name of the device. It is one place for all network namespaces.
 const FOLDER: &str = "/var/run/wireguard";
-/// How long a daemon may take for an answer.
+/// How long a daemon may take for an answer as a whole.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may be silent where it only has to tell: whoever looks at all of a host waits for it.
+const SILENCE: Duration = Duration::from_secs(3);
 /// An answer is not longer: 100 000 peers with several subnets each.
 const LONGEST: u64 = 256 * 1024 * 1024;
 
@@ -35,12 +37,17 @@ pub(crate) fn socket(name: &str) -> PathBuf {
     Path::new(FOLDER).join(format!("{name}.sock"))
 }
 
-/// Whether a daemon answers for a device of this name, in whatever network namespace.
+/// Whether there is a daemon for a device of this name, in whatever network namespace. One that cannot be spoken to (another user's,
+/// or too busy) is one as well.
 pub(crate) fn is_served(name: &str) -> bool {
-    connect(name).is_ok()
+    connect(name, SILENCE).map_or_else(|error| !is_of_nobody(&error), |_| true)
 }
 
-fn connect(name: &str) -> io::Result<UnixStream> {
+fn is_of_nobody(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
+fn connect(name: &str, silence: Duration) -> io::Result<Dialogue> {
     let address = SocketAddrUnix::new(socket(name))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -48,33 +55,78 @@ fn connect(name: &str) -> io::Result<UnixStream> {
     rustix::net::connect(&stream, &address)?;
     let stream = UnixStream::from(stream);
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    Ok(stream)
+    Ok(Dialogue { stream, silence, deadline: Instant::now() + PATIENCE })
+}
+
+/// A request and its answer, with an end to patience: also with a daemon that says a byte now and then.
+struct Dialogue {
+    stream: UnixStream,
+    silence: Duration,
+    deadline: Instant,
+}
+
+impl Dialogue {
+    fn patience(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now()).min(self.silence);
+        if left.is_zero() { Err(self.gave_up()) } else { Ok(left) }
+    }
+
+    /// Without an error number: nothing was refused.
+    fn gave_up(&self) -> io::Error {
+        let said = format!("the daemon does not answer (waited for {} s)", self.silence.as_secs());
+        io::Error::new(io::ErrorKind::TimedOut, said)
+    }
+
+    fn told(&self, outcome: io::Result<usize>) -> io::Result<usize> {
+        outcome.map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.gave_up(),
+            _ => error,
+        })
+    }
+}
+
+impl Read for Dialogue {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.patience()?))?;
+        let outcome = self.stream.read(buffer);
+        self.told(outcome)
+    }
+}
+
+impl Write for Dialogue {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.patience()?))?;
+        let outcome = self.stream.write(bytes);
+        self.told(outcome)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
 }
 
 /// The device with its peers.
 pub(crate) fn read(name: &str, psk: Option<&PresharedKey>) -> Result<State, DriverError> {
-    let ask = || {
-        let mut stream = connect(name)?;
-        stream.write_all(b"get=1\n\n")?;
-        let mut reader = BufReader::new(stream.take(LONGEST));
-        let mut parser = Parser::new(psk);
-        let mut line = Zeroizing::new(String::new());
-        loop {
-            line.clear();
-            if reader.read_line(&mut line)? == 0 {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon's answer is cut off"));
-            }
-            match parser.take(line.trim_end_matches('\n'))? {
-                None => {}
-                Some(0) => return Ok(parser.end()),
-                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
-            }
+    let asked = connect(name, SILENCE).and_then(|dialogue| get(dialogue, psk));
+    asked.map_err(|error| io_error(&format!("read WireGuard device {name} in user space"), &error, ""))
+}
+
+fn get(mut dialogue: Dialogue, psk: Option<&PresharedKey>) -> io::Result<State> {
+    dialogue.write_all(b"get=1\n\n")?;
+    let mut reader = BufReader::new(dialogue.take(LONGEST));
+    let mut parser = Parser::new(psk);
+    let mut line = Zeroizing::new(String::new());
+    loop {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon's answer is cut off"));
         }
-    };
-    let attempted = format!("read WireGuard device {name} in user space");
-    ask().map_err(|e: io::Error| io_error(&attempted, &e, ""))
+        match parser.take(line.trim_end_matches('\n'))? {
+            None => {}
+            Some(0) => return Ok(parser.end()),
+            Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
 }
 
 /// Gives a device its private key and its port.
@@ -153,12 +205,15 @@ fn removal(request: &mut String, key: &PublicKey) {
     request.push_str("\nremove=true\n");
 }
 
-/// Sends a request and reads `errno=N`.
 fn set(name: &str, request: &str) -> io::Result<()> {
-    let mut stream = connect(name)?;
-    stream.write_all(request.as_bytes())?;
+    order(connect(name, PATIENCE)?, request)
+}
+
+/// Sends a request and reads `errno=N`.
+fn order(mut dialogue: Dialogue, request: &str) -> io::Result<()> {
+    dialogue.write_all(request.as_bytes())?;
     let mut line = String::new();
-    BufReader::new(stream.take(4096)).read_line(&mut line)?;
+    BufReader::new(dialogue.take(4096)).read_line(&mut line)?;
     let errno = line.trim_end().strip_prefix("errno=").and_then(|number| number.parse::<i32>().ok());
     match errno {
         Some(0) => Ok(()),
@@ -318,6 +373,62 @@ mod tests {
             }
         }
         Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    #[test]
+    fn a_socket_that_is_there_and_cannot_be_spoken_to_now_is_somebodys() {
+        // ENOENT, ECONNREFUSED; EACCES, EAGAIN (its queue is full), EMFILE (ours).
+        let nobody = |errno| is_of_nobody(&io::Error::from_raw_os_error(errno));
+        assert_eq!([2, 111, 13, 11, 24].map(nobody), [true, true, false, false, false]);
+    }
+
+    /// A dialogue with a daemon that does this with its end.
+    fn with(daemon: impl FnOnce(UnixStream) + Send + 'static) -> Dialogue {
+        let (stream, its) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || daemon(its));
+        let (silence, deadline) = (Duration::from_millis(100), Instant::now() + Duration::from_millis(300));
+        Dialogue { stream, silence, deadline }
+    }
+
+    #[test]
+    fn a_daemon_that_is_silent_dribbles_or_breaks_off_is_given_up_and_one_that_answers_is_not() {
+        let heard = |its: &UnixStream| {
+            let mut reader = BufReader::new(its);
+            let mut line = String::new();
+            while line != "\n" {
+                line.clear();
+                reader.read_line(&mut line).unwrap();
+            }
+        };
+        // Until the other end is closed.
+        let silent = |mut its: UnixStream| while its.read(&mut [0; 64]).is_ok_and(|length| length > 0) {};
+        let dribble = move |mut its: UnixStream| {
+            heard(&its);
+            while its.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        for error in [
+            get(with(silent), None).unwrap_err(),
+            get(with(dribble), None).unwrap_err(),
+            order(with(silent), "set=1\n\n").unwrap_err(),
+            order(with(dribble), "set=1\n\n").unwrap_err(),
+        ] {
+            assert!(error.raw_os_error().is_none() && error.to_string().contains("does not answer"), "{error:?}");
+        }
+        let says = |answer: &'static str| {
+            with(move |mut its: UnixStream| {
+                heard(&its);
+                its.write_all(answer.as_bytes()).unwrap();
+            })
+        };
+        let cut = get(says("listen_port=1\npublic_key="), None).unwrap_err();
+        assert!(cut.to_string().contains("cannot be read") || cut.kind() == io::ErrorKind::UnexpectedEof, "{cut}");
+        assert_eq!(get(says("listen_port=1\n"), None).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(order(says("errno"), "set=1\n\n").is_err() && order(says(""), "set=1\n\n").is_err());
+        assert_eq!(order(says("errno=-98\n\n"), "set=1\n\n").unwrap_err().raw_os_error(), Some(IN_USE));
+        assert_eq!(get(says("listen_port=7\nerrno=0\n\n"), None).unwrap().port, 7);
+        order(says("errno=0\n\n"), "set=1\n\n").unwrap();
     }
 
     #[test]

@@ -435,6 +435,14 @@ fn where_wireguard_found_a_peer_by_itself_is_kept_until_another_place_is_publish
     roam(503, Some(3600));
     rig.converge();
     assert_eq!(rig.state().peers[&key(1)].endpoint, Some(endpoint(2)), "nobody vouches for the other place");
+    // Who was as published all the time, and for long, and publishes another place, is there.
+    roam(2, Some(10));
+    rig.memory = Memory::default();
+    assert!(rig.converge().is_empty());
+    rig.memory.told.values_mut().for_each(|told| told.since = told.since.checked_sub(session::SESSION).unwrap());
+    rig.want(1, subnet(1), Some(Peer { endpoint: Some(endpoint(3)), ..peer(1) }));
+    rig.converge();
+    assert_eq!(rig.state().peers[&key(1)].endpoint, Some(endpoint(3)));
     // From then on it is as always.
     roam(504, Some(3600));
     assert!(rig.converge().is_empty());
@@ -442,6 +450,99 @@ fn where_wireguard_found_a_peer_by_itself_is_kept_until_another_place_is_publish
     rig.want(1, subnet(1), None);
     rig.converge();
     assert!(rig.memory.told.is_empty());
+}
+
+#[test]
+fn invariant_09_a_daemon_that_does_not_answer_is_named_and_not_waited_for_again_and_the_other_device_is_kept_in_order()
+{
+    let fake = Fake::new(key(0));
+    let mut rig = Rig::new(&fake, key(0), "flannel-wg", 51_820);
+    let mut other = Rig::new(&fake, key(0), "flannel-wg-v6", 51_821);
+    for rig in [&mut rig, &mut other] {
+        rig.scope.served.extend(["flannel-wg".parse().unwrap(), "flannel-wg-v6".parse().unwrap()]);
+        rig.want(1, subnet(1), Some(peer(1)));
+        let units = rig.plan(Prune::No).units;
+        assert!(apply(&fake, &mut rig.memory, &units).iter().all(|result| result.failed.is_none()));
+    }
+    fake.world().silent.insert("flannel-wg".to_owned(), SLOW);
+    other.want(2, subnet(2), Some(peer(2)));
+    let observed = other.observe();
+    let named = |observed: &Observed| {
+        let [conflict] = &*observed.conflicts else { panic!("{observed:?}") };
+        assert_eq!(conflict.object, object::device_key(&"flannel-wg".parse().unwrap()));
+        assert!(conflict.with.contains("does not answer") && observed.unread.is_some(), "{conflict:?}");
+    };
+    named(&observed);
+    let seen = |observed: &Observed, what: &str| observed.objects.iter().any(|(o, _)| o.to_string().contains(what));
+    assert!(seen(&observed, "device flannel-wg ") && !seen(&observed, "peer flannel-wg "), "so that it can be deleted");
+    assert!(seen(&observed, "peer flannel-wg-v6 "));
+    // It is not asked at every look.
+    let (begun, reads) = (Instant::now(), fake.world().reads);
+    named(&other.observe());
+    assert!(begun.elapsed() < SLOW && fake.world().reads == reads + 1);
+    let units = other.plan(Prune::No).units;
+    assert!(!units.is_empty() && apply(&fake, &mut other.memory, &units).iter().all(|result| result.failed.is_none()));
+    assert_eq!(other.state().peers.len(), 2);
+    // It answers again, and is asked again after a while.
+    fake.world().silent.clear();
+    let silence = other.memory.silent.values_mut().next().unwrap();
+    assert!(silence.until > Instant::now());
+    silence.until = Instant::now();
+    assert!(other.observe().conflicts.is_empty() && other.memory.silent.is_empty());
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_a_change_is_one_trouble_and_not_asked_in_halves() {
+    let fake = Fake::new(key(0));
+    let mut rig = Rig::new(&fake, key(0), "flannel-wg", 51_820);
+    rig.converge();
+    (1..=8).for_each(|n| rig.want(n, subnet(n), Some(peer(n))));
+    let units = rig.plan(Prune::No).units;
+    let reads = fake.world().reads;
+    fake.world().silent.insert("flannel-wg".to_owned(), Duration::ZERO);
+    assert!(apply(&fake, &mut rig.memory, &units).iter().all(|result| result.failed.is_some()));
+    fake.world().silent.clear();
+    fake.world().mute = true;
+    assert!(apply(&fake, &mut rig.memory, &units).iter().all(|result| result.failed.is_some()));
+    let world = fake.world();
+    assert_eq!((world.reads - reads, world.writes.len()), (2, 1));
+}
+
+#[test]
+fn what_flannel_left_and_nobody_wants_goes() {
+    let fake = Fake::new(key(0));
+    fake.world().add("flannel-wg", Kind::Kernel, "");
+    fake.world().add("flannel-wg-v6", Kind::Kernel, "");
+    fake.world().add("wg0", Kind::Kernel, "");
+    let mut rig = Rig::new(&fake, key(0), "flannel-wg", 51_820);
+    rig.scope.adopt = true;
+    rig.scope.served.insert("flannel-wg-v6".parse().unwrap());
+    rig.converge();
+    rig.desired = Desired::new();
+    rig.converge();
+    let names: Vec<String> = fake.list().unwrap().into_iter().map(|link| link.name).collect();
+    assert_eq!(names, ["wg0"]);
+}
+
+#[test]
+fn a_place_that_was_learnt_outlives_a_moment_without_a_subnet_in_one_batch() {
+    let fake = Fake::new(key(0));
+    let mut rig = Rig::new(&fake, key(0), "flannel-wg", 51_820);
+    rig.want(5, subnet(5), Some(peer(5)));
+    rig.converge();
+    {
+        let mut world = fake.world();
+        let peer = world.states.get_mut("flannel-wg").unwrap().peers.get_mut(&key(5)).unwrap();
+        (peer.endpoint, peer.last_handshake) = (Some(endpoint(500)), Some(SystemTime::now()));
+    }
+    assert!(rig.converge().is_empty());
+    // Another node gets its subnet, and it gets another, in this order.
+    rig.want(3, subnet(5), Some(peer(3)));
+    rig.want(5, subnet(6), Some(peer(5)));
+    rig.converge();
+    let state = rig.state();
+    assert_eq!(state.peers[&key(5)].allowed, [subnet(6)].into());
+    assert_eq!(state.peers[&key(5)].endpoint, Some(endpoint(500)));
 }
 
 #[test]
