@@ -97,6 +97,13 @@ impl fmt::Debug for Control {
     }
 }
 
+fn overdue() -> SubnetError {
+    SubnetError::Unavailable {
+        attempted: "ask the store of leases".to_owned(),
+        reason: format!("no answer within {} s", DEADLINE.as_secs()),
+    }
+}
+
 impl Control {
     pub(super) fn new(
         node: NodeName,
@@ -162,40 +169,33 @@ impl Control {
         // After a failure also where the watch said since that the store has them: publishing is what ends the trouble.
         let failed = self.publishing.trouble.is_some();
         let news = offers.filter(|o| self.lease.as_ref().is_some_and(|l| failed || l.offers != *o));
-        let job = if self.network.is_none() && holding {
-            async move { Answer::Network(manager.network().await) }.boxed()
+        // Each with what it is taken for where it takes too long: all are idempotent.
+        let (job, late) = if self.network.is_none() && holding {
+            (async move { Answer::Network(manager.network().await) }.boxed(), Answer::Network(Err(overdue())))
         } else if let (None, Some(request), true) = (&self.lease, request, holding) {
-            async move { Answer::Acquired(manager.acquire(&request).await) }.boxed()
+            (async move { Answer::Acquired(manager.acquire(&request).await) }.boxed(), Answer::Acquired(Err(overdue())))
         } else if held && holding && self.renew_at.is_some_and(|at| now >= at) {
-            async move { Answer::Renewed(manager.renew(&node).await) }.boxed()
+            (async move { Answer::Renewed(manager.renew(&node).await) }.boxed(), Answer::Renewed(Err(overdue())))
         } else if held && self.watch.is_none() && self.watching.is_due(now) {
-            async move { Answer::Watching(manager.watch(&node).await) }.boxed()
+            (async move { Answer::Watching(manager.watch(&node).await) }.boxed(), Answer::Watching(Err(overdue())))
         } else if let Some(offers) = news.filter(|_| self.publishing.is_due(now)) {
-            async move { Answer::Published(manager.publish(&node, &offers).await, offers) }.boxed()
+            let late = Answer::Published(Err(overdue()), Vec::new());
+            (async move { Answer::Published(manager.publish(&node, &offers).await, offers) }.boxed(), late)
         } else {
             return;
         };
         let clock = Arc::clone(&self.clock);
         let deadline = now.saturating_add(DEADLINE);
-        let overdue = self.overdue();
         self.job = Some(
             async move {
                 tokio::select! {
                     biased;
                     answer = job => answer,
-                    () = clock.sleep_until(deadline) => overdue,
+                    () = clock.sleep_until(deadline) => late,
                 }
             }
             .boxed(),
         );
-    }
-
-    /// What a job that took too long is taken for. Which job it was does not matter: each is idempotent.
-    fn overdue(&self) -> Answer {
-        Answer::Renewed(Err(SubnetError::Unavailable {
-            attempted: "ask the store of leases".to_owned(),
-            reason: format!("no answer within {} s", DEADLINE.as_secs()),
-        }))
     }
 
     /// Waits for the store. Cancel safe: jobs and the watch live in `self`.
@@ -288,6 +288,8 @@ impl Control {
         match event {
             Some(Ok(LeaseEvent::Own(OwnLease::Changed(lease)))) => {
                 self.lease = Some(lease);
+                // Whoever wrote it may have given it another end, or the first one.
+                self.renew_at = Some(self.clock.now());
                 Happened::Lease
             }
             Some(Ok(LeaseEvent::Own(OwnLease::Lost(reason)))) => {

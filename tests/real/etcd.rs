@@ -101,6 +101,28 @@ impl Etcd {
         Self::start(1, flags, "https").await
     }
 
+    /// One member with more flags, as etcd has them.
+    pub async fn with_flags(flags: &[String]) -> Etcd {
+        Self::start(1, flags, "http").await
+    }
+
+    /// A copy of the data of a member that does not run.
+    pub fn copy_of_data(&self, number: usize) -> TempDir {
+        let copy = tempfile::tempdir().expect("a folder");
+        copy_folder(&self.data(number), &copy.path().join("data"));
+        copy
+    }
+
+    /// Gives a member that does not run the data of a copy, as if it had been restored.
+    pub fn put_back(&self, number: usize, copy: &TempDir) {
+        fs::remove_dir_all(self.data(number)).expect("its data");
+        copy_folder(&copy.path().join("data"), &self.data(number));
+    }
+
+    fn data(&self, number: usize) -> PathBuf {
+        self.folder.path().join(format!("m{number}"))
+    }
+
     async fn start(count: usize, more: &[String], scheme: &'static str) -> Etcd {
         loopback_up().await;
         // A port that is free now may be another's a moment later.
@@ -128,7 +150,7 @@ impl Etcd {
         command
             .args(["--name", &format!("m{number}"), "--unsafe-no-fsync", "--logger", "zap"])
             .arg("--data-dir")
-            .arg(self.folder.path().join(format!("m{number}")))
+            .arg(self.data(number))
             .args(["--listen-client-urls", &format!("{}://127.0.0.1:{client}", self.scheme)])
             .args(["--advertise-client-urls", &format!("{}://127.0.0.1:{client}", self.scheme)])
             .args(["--listen-peer-urls", &format!("http://127.0.0.1:{peer}")])
@@ -210,6 +232,18 @@ impl Etcd {
     pub async fn eye(&self) -> Eye {
         let options = ConnectOptions::new().with_connect_timeout(Duration::from_secs(2));
         Eye(Client::connect(self.endpoints(), Some(options)).await.expect("a client without a connection"))
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a folder").flatten() {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).expect("a file");
+        }
     }
 }
 

@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use podnet::config::NetworkConfig;
 use podnet::driver::{ChangeStream, Driver, DriverError, Errno, Observed, Scope, UnitResult};
+use podnet::lease::Offer;
 use podnet::masquerade::MasqueradePolicy;
 use podnet::plan::{Conflict, Domain, Key, SysctlName, UnitPlan};
 use podnet::status::{ConditionKind, ConditionState, PeerState, Status};
-use podnet::subnet::SubnetError;
-use podnet::subnet::memory::MemorySubnets;
+use podnet::subnet::memory::{Call, MemorySubnets};
+use podnet::subnet::{LeaseRequest, LeaseStream, OwnedLease, SubnetError, SubnetManager};
 use podnet::testkit::kernel::{Death, FakeKernel};
-use podnet::types::{DeviceName, Family, Stack};
+use podnet::types::{DeviceName, Family, NodeName, Stack};
 use podnet::{Error, HostSetting, Node, Shutdown};
 use podnet_tests::{Running, builder, claim, eventually, host, name, peer, spawn, start, store};
 use podnet_vxlan::Vxlan;
@@ -338,6 +340,55 @@ async fn invariant_13_checks_that_take_long_are_so_far_apart_that_they_take_a_50
     let done = u32::try_from(checks() - before).unwrap();
     let share = (check * done).as_secs_f64() / time.as_secs_f64();
     assert!((0.0015..=0.002).contains(&share), "{done} checks, {share} of the time");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_somebody_else_wrote_is_renewed_at_once_since_its_end_may_be_another() {
+    let (_kernel, subnets, running) = cluster().await;
+    let away = SubnetError::Unavailable { attempted: "renew".into(), reason: "it was asked".into() };
+    subnets.faults().fail_next(Call::Renew, 1, away);
+    let own = subnets.leases().into_iter().find(|lease| lease.node == name("me")).unwrap();
+    subnets.faults().inject(own);
+    running.until(|s| s.condition(ConditionKind::Lease).message.contains("it was asked")).await;
+    running.until(Status::is_ready).await;
+}
+
+/// A store that does not answer the first question about the others.
+#[derive(Debug)]
+struct Deaf(MemorySubnets, AtomicUsize);
+
+#[async_trait]
+impl SubnetManager for Deaf {
+    async fn network(&self) -> Result<NetworkConfig, SubnetError> {
+        self.0.network().await
+    }
+    async fn acquire(&self, request: &LeaseRequest) -> Result<OwnedLease, SubnetError> {
+        self.0.acquire(request).await
+    }
+    async fn publish(&self, node: &NodeName, offers: &[Offer]) -> Result<OwnedLease, SubnetError> {
+        self.0.publish(node, offers).await
+    }
+    async fn renew(&self, node: &NodeName) -> Result<OwnedLease, SubnetError> {
+        self.0.renew(node).await
+    }
+    async fn release(&self, node: &NodeName) -> Result<(), SubnetError> {
+        self.0.release(node).await
+    }
+    async fn watch(&self, node: &NodeName) -> Result<LeaseStream, SubnetError> {
+        match self.1.fetch_add(1, Ordering::Relaxed) {
+            0 => std::future::pending().await,
+            _ => self.0.watch(node).await,
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_that_is_never_answered_is_asked_again_and_its_trouble_ends_with_an_answer() {
+    let kernel = host();
+    let running = spawn(builder(&kernel, Deaf(store(), AtomicUsize::new(0)))).await;
+    running.until(|s| s.condition(ConditionKind::Peers).message.contains("no answer within 30 s")).await;
+    let status = running.until(Status::is_ready).await;
+    assert!(!status.to_string().contains("trouble"), "{status}");
 }
 
 /// A driver that can read only a part of its domain, and waits for the rest.

@@ -160,6 +160,39 @@ async fn a_node_that_comes_back_gets_its_lease_by_its_address_with_what_it_publi
 }
 
 #[tokio::test]
+async fn a_node_whose_ipv4_is_away_gets_its_lease_by_its_ipv6_and_is_the_same_node_once_it_is_back() {
+    let config = r#"{"Network":"10.42.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/56","Backend":{"Type":"vxlan"}}"#;
+    let Some(mut stage) = Stage::new("ipv6_first", config).await else { return };
+    let held = stage.store().acquire(&dual(1)).await.unwrap().lease;
+    let Stack::Dual(v4, v6) = dual(1).underlay else { unreachable!("it has both") };
+    let v6_alone = LeaseRequest { underlay: Stack::V6(v6), ..dual(1) };
+    let store = stage.store();
+    assert_eq!(store.acquire(&v6_alone).await.unwrap().lease.subnets, held.subnets);
+    // What it can say meanwhile, and what it says then.
+    let data = || BackendData::from_text(r#"{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}"#).unwrap();
+    let (of_v4, of_v6) = (Endpoint { public_ip: v4, data: data() }, Endpoint { public_ip: v6, data: data() });
+    let kind = BackendKind::of("vxlan");
+    let meanwhile = Offer { backend: kind.clone(), endpoints: Stack::V6(of_v6.clone()) };
+    store.publish(&held.node, &[meanwhile]).await.unwrap();
+    store.renew(&held.node).await.unwrap();
+    let whole = Offer { backend: kind, endpoints: Stack::Dual(of_v4, of_v6) };
+    store.publish(&held.node, &[whole]).await.unwrap();
+    assert_eq!(stage.store().acquire(&dual(1)).await.unwrap().lease.subnets, held.subnets);
+    assert_eq!(stage.eye.list(&stage.subnets()).await.len(), 1);
+    // By IPv6 only where one has no IPv4: who says another one is another node.
+    let other = LeaseRequest { underlay: Stack::Dual([10, 240, 0, 9].into(), v6), ..dual(9) };
+    assert_ne!(stage.store().acquire(&other).await.unwrap().lease.subnets, held.subnets);
+}
+
+#[tokio::test]
+async fn a_prefix_may_have_what_separates_the_families_in_a_key() {
+    let Some(mut stage) = Stage::new("one&two", CONFIG).await else { return };
+    let first = stage.store().acquire(&request(1)).await.unwrap().lease.subnets;
+    assert_ne!(stage.store().acquire(&request(2)).await.unwrap().lease.subnets, first);
+    assert_eq!(stage.eye.list(&stage.subnets()).await.len(), 2);
+}
+
+#[tokio::test]
 async fn flannels_lease_is_taken_over_and_extended_to_our_term() {
     let Some(mut stage) = Stage::new("taken_over", CONFIG).await else { return };
     let value = r#"{"PublicIP":"10.240.0.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}"#;

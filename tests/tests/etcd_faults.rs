@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use podnet::flannel::subnet_key;
-use podnet::lease::LeaseEvent;
+use podnet::lease::{BackendData, BackendKind, Endpoint, LeaseEvent, Offer, OwnLease};
 use podnet::subnet::{LeaseRequest, SubnetManager};
 use podnet::types::Stack;
 use podnet_tests::name;
@@ -190,4 +190,56 @@ async fn a_member_that_stops_and_a_leader_that_freezes_cost_a_watch_nothing_but_
         }
         etcd.wait().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_a_restored_etcd_does_not_have_is_lost_at_once_though_its_revisions_went_back() {
+    if missing("restored") {
+        return;
+    }
+    let mut etcd = Etcd::single().await;
+    let mut eye = etcd.eye().await;
+    let prefix = "/restored";
+    eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
+    let (store, asked) = (etcd.store(prefix), request(1));
+    store.acquire(&request(2)).await.unwrap();
+    etcd.stop(0);
+    let copy = etcd.copy_of_data(0);
+    etcd.start_member(0);
+    etcd.wait().await;
+    insist(|| store.acquire(&asked)).await;
+    // As the engine does: somebody listens all the time.
+    let (told, mut own) = tokio::sync::mpsc::unbounded_channel();
+    let (watcher, node) = (store.clone(), asked.node.clone());
+    let watching = tokio::spawn(async move {
+        loop {
+            let mut watch = insist(|| watcher.watch(&node)).await;
+            while let Some(event) = watch.next().await {
+                if let Ok(LeaseEvent::Own(own)) = event {
+                    told.send(own).unwrap();
+                }
+            }
+        }
+    });
+    // Our key is not there any more, or another's: at the very revision that ours had, or at an older one.
+    for (writes, taken) in [(0, true), (0, false), (3, true)] {
+        let held = insist(|| store.acquire(&asked)).await.lease;
+        for number in 1..=writes {
+            let data = BackendData::from_text(&format!(r#"{{"VNI":{number}}}"#)).unwrap();
+            let endpoints = Stack::V4(Endpoint { public_ip: [10, 240, 0, 1].into(), data });
+            let offer = Offer { backend: BackendKind::of("vxlan"), endpoints };
+            insist(|| store.publish(&asked.node, std::slice::from_ref(&offer))).await;
+        }
+        etcd.stop(0);
+        etcd.put_back(0, &copy);
+        etcd.start_member(0);
+        etcd.wait().await;
+        if taken {
+            let key = format!("{prefix}/subnets/{}", subnet_key::format(&held.subnets).unwrap());
+            etcd.eye().await.put(&key, r#"{"PublicIP":"10.240.0.66"}"#, Some(600)).await;
+        }
+        let told = timeout(PATIENCE, own.recv()).await.unwrap_or_else(|_| panic!("{writes} {taken}: the loss is told"));
+        assert!(matches!(told, Some(OwnLease::Lost(_))), "{told:?}");
+    }
+    watching.abort();
 }

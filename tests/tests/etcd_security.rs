@@ -156,3 +156,59 @@ async fn user_and_password_are_checked_and_a_missing_right_is_named() {
     let mut watch = node.watch(&request.node).await.unwrap();
     assert!(futures::StreamExt::next(&mut watch).await.unwrap().is_ok());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_not_write_is_told_so_and_leaves_no_etcd_lease_behind() {
+    if missing("read only") {
+        return;
+    }
+    let etcd = Etcd::single().await;
+    let mut eye = etcd.eye().await;
+    let prefix = "/read-only";
+    eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
+    let client = &mut eye.0;
+    client.role_add("root").await.unwrap();
+    client.user_add("root", "root's", None).await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    client.role_add("reader").await.unwrap();
+    let read = etcd_client::Permission::read(prefix).with_prefix();
+    client.role_grant_permission("reader", read).await.unwrap();
+    client.user_add("node", "hunter2", None).await.unwrap();
+    client.user_grant_role("node", "reader").await.unwrap();
+    client.auth_enable().await.unwrap();
+    let store = EtcdSubnets::new(etcd.options(prefix).user("node", "hunter2".to_owned().into())).unwrap();
+    let request = LeaseRequest { node: name("me"), underlay: Stack::V4([10, 240, 0, 1].into()), previous: None };
+    for _ in 0..3 {
+        let error = store.acquire(&request).await.unwrap_err().to_string();
+        assert!(error.contains("permission denied"), "{error}");
+    }
+    let root = etcd_client::ConnectOptions::new().with_user("root", "root's");
+    let mut root = etcd_client::Client::connect(etcd.endpoints(), Some(root)).await.unwrap();
+    assert_eq!(root.leases().await.unwrap().leases().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_from_before_a_change_of_users_is_replaced_at_once() {
+    if missing("tokens") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    // They last longer than a test, and hold the state of the users when they were given.
+    let secret = written(folder.path(), "secret", "a secret of this test");
+    let flags = format!("--auth-token=jwt,sign-method=HS256,ttl=1h,priv-key={secret}");
+    let etcd = Etcd::with_flags(&[flags]).await;
+    let mut eye = etcd.eye().await;
+    let prefix = "/tokens";
+    eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
+    let client = &mut eye.0;
+    client.role_add("root").await.unwrap();
+    client.user_add("root", "root's", None).await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    client.auth_enable().await.unwrap();
+    let store = EtcdSubnets::new(etcd.options(prefix).user("root", "root's".to_owned().into())).unwrap();
+    store.network().await.unwrap();
+    let root = etcd_client::ConnectOptions::new().with_user("root", "root's");
+    let mut root = etcd_client::Client::connect(etcd.endpoints(), Some(root)).await.unwrap();
+    root.user_add("another", "password", None).await.unwrap();
+    store.network().await.unwrap();
+}

@@ -180,20 +180,24 @@ impl Etcd {
         self.call(&format!("list {prefix}"), list).await
     }
 
-    /// How many keys begin with `prefix`, if none of them but `except` was written after `revision`: with the number that was listed then, the
-    /// listing still holds.
+    /// How many keys begin with `prefix`, if none of them but `own` was written after `revision`, and that one last at its own: with the number
+    /// that was listed then, the listing still holds.
     pub(super) async fn count_unless_written_since(
         &self,
         prefix: &str,
-        except: &str,
+        (own, own_revision): (&str, i64),
         revision: i64,
     ) -> Result<Option<usize>, SubnetError> {
         let count = |client: Client| async move {
             let older = |from: String, end: Vec<u8>| {
                 Compare::mod_revision(from, CompareOp::Less, revision.saturating_add(1)).with_range(end)
             };
-            // Behind `except` comes `except` with a byte of zero.
-            let when = [older(prefix.to_owned(), except.into()), older(format!("{except}\0"), end_of(prefix))];
+            // Behind `own` comes `own` with a byte of zero.
+            let when = [
+                older(prefix.to_owned(), own.into()),
+                older(format!("{own}\0"), end_of(prefix)),
+                Compare::mod_revision(own, CompareOp::Equal, own_revision),
+            ];
             let count = TxnOp::get(prefix, Some(GetOptions::new().with_prefix().with_count_only()));
             let answer = client.kv_client().txn(Txn::new().when(when).and_then([count])).await?;
             let counted = answer.op_responses().into_iter().find_map(|response| match response {
@@ -479,6 +483,8 @@ fn failure(error: &Error) -> Failure {
     let recovering = ["no leader", "leader changed", "request timed out", "too many requests", "not leader"];
     match status.code() as i32 {
         _ if recovering.iter().any(|word| status.message().contains(word)) => Failure::Soon(reason),
+        // A token from before a change of users or roles: the next connection gets another.
+        code::INVALID_ARGUMENT if status.message().contains("revision of auth store is old") => Failure::Member(reason),
         code::INVALID_ARGUMENT | code::UNAUTHENTICATED if status.message().contains("auth") => {
             refused("; check the user and the password for etcd")
         }

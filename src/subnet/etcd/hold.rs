@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::client::{Answer, Condition, Kv, Listing, Operation, Outcome, Transaction};
 use super::own::Held;
-use super::value::{Value, identity};
+use super::value::{Value, same_node};
 use super::view::{Entry, read};
 use super::{Inner, Listed};
 use crate::config::SubnetRange;
@@ -69,11 +69,10 @@ impl Inner {
         ranges: &Ranges,
         listing: &Listing,
     ) -> Result<Option<OwnedLease>, SubnetError> {
-        let me = identity(&request.underlay);
         let (mut mine, mut taken) = (Vec::new(), Taken::default());
         for kv in &listing.kvs {
             match read(kv) {
-                Ok(entry) if entry.value.identity() == me => mine.push((kv.clone(), entry)),
+                Ok(entry) if same_node(&entry.value.underlay, &request.underlay) => mine.push((kv.clone(), entry)),
                 // A key that says a subnet takes it, whatever its value is.
                 _ => subnet_key::parse(&kv.key).iter().for_each(|subnets| taken.insert(subnets)),
             }
@@ -168,7 +167,7 @@ impl Inner {
         let text = Value::encode(&request.underlay, &[]).map_err(invalid)?;
 
         // All keys of this IPv4 subnet, with whatever IPv6 subnet, begin like this.
-        let of_v4 = key.split('&').next().unwrap_or(&key).to_owned();
+        let of_v4 = format!("{}/{}", self.subnets, last.split('&').next().unwrap_or(&last));
         let replaced = unfit.iter().any(|(kv, _)| kv.key.starts_with(&of_v4));
         let unchanged = |(kv, _): &Own| Condition::Unchanged { key: kv.key.clone(), revision: kv.mod_revision };
         let mut when: Vec<Condition> = unfit.iter().chain(reserved).map(unchanged).collect();
@@ -189,7 +188,15 @@ impl Inner {
 
         let attempted = format!("create {key}");
         let _claim = self.owners.claim(&request.node, &key);
-        let (create_revision, mod_revision) = match self.etcd.transact(&attempted, &transaction).await? {
+        let outcome = match self.etcd.transact(&attempted, &transaction).await {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                // With it goes the key, if it was created and only the answer was lost: nobody has been told of it.
+                self.give_up(granted.id).await;
+                return Err(error);
+            }
+        };
+        let (create_revision, mod_revision) = match outcome {
             Answer::Good(Outcome::Done(revision)) => (revision, revision),
             // Done before, and the answer was lost.
             Answer::Good(Outcome::Otherwise(Some(kv))) if kv.lease == granted.id => {

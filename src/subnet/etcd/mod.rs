@@ -68,7 +68,8 @@ pub fn write_value(underlay: &Stack<Ipv4Addr, Ipv6Addr>, offers: &[Offer]) -> Re
 ///
 /// # Who is who
 ///
-/// etcd knows no node names. A node is its address on the underlay: `PublicIP`, or `PublicIPv6` where there is no `PublicIP`.
+/// etcd knows no node names. A node is its address on the underlay: `PublicIP`, or `PublicIPv6` where there is no `PublicIP` (a node whose IPv4
+/// is away for a moment finds its own key by its IPv6).
 /// Other nodes are told by that address as their name, and this node by its own. If two keys say one address, the key that was created
 /// first bears the name (a reservation that is not in use comes last), the others are called `ADDRESS+SUBNET`, and [admission](crate::admission) lets the oldest in. A lease's
 /// precedence is the revision in which its key was created. So two nodes must not have one address, as in flannel: behind one
@@ -210,16 +211,28 @@ impl Inner {
 
     /// All leases. A node that has just acquired its own has read them for that, and where nobody has written since they are not read again:
     /// one list serves its start, however long it is.
-    async fn listing(&self, node: &NodeName) -> Result<Listing, SubnetError> {
+    async fn listing(&self, node: &NodeName) -> Result<(Listing, bool), SubnetError> {
         let listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Listed { key, listing, .. }) = listed.filter(|l| l.node == *node && l.at.elapsed() < FRESH) {
+        let fresh = listed.filter(|l| l.node == *node && l.at.elapsed() < FRESH);
+        if let Some((Listed { key, listing, .. }, held)) = fresh.zip(self.owners.held(node).ok())
+            && held.key == key
+        {
             let was_there = listing.kvs.iter().any(|kv| kv.key == key);
-            let count = self.etcd.count_unless_written_since(&self.subnets, &key, listing.revision).await?;
+            let own = (&*key, held.mod_revision);
+            let count = self.etcd.count_unless_written_since(&self.subnets, own, listing.revision).await?;
             if count == Some(listing.kvs.len() + usize::from(!was_there)) {
-                return Ok(listing);
+                return Ok((listing, false));
             }
         }
-        self.etcd.list(&self.subnets).await
+        self.list(node).await
+    }
+
+    /// All leases, and whether etcd's revisions have gone back since the node wrote its own: it was restored from a copy.
+    async fn list(&self, node: &NodeName) -> Result<(Listing, bool), SubnetError> {
+        let before = self.owners.held(node).ok().map(|held| held.mod_revision);
+        let listing = self.etcd.list(&self.subnets).await?;
+        let went_back = before.is_some_and(|before| listing.revision < before);
+        Ok((listing, went_back))
     }
 
     fn count_unreadable(&self, more: u64) {

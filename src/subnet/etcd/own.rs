@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::client::{Kv, Listing};
-use super::value::{Identity, Value, identity};
+use super::value::{Identity, Value, identity, same_node};
 use crate::lease::{Lease, Offer, OwnLease, Precedence};
 use crate::subnet::{OwnedLease, SubnetError};
 use crate::types::{NodeName, Stack};
@@ -200,7 +200,11 @@ impl Owners {
 
     /// What stands under a key now. What that means for the node, if it is the node's key and later than what is known.
     pub(super) fn see(&self, node: &NodeName, kv: &Kv) -> Option<OwnLease> {
-        self.take_in(node, kv, |held| held < kv.mod_revision)
+        // Another value at one revision is another history.
+        self.take_in(node, kv, |held| {
+            held.mod_revision < kv.mod_revision
+                || (held.mod_revision == kv.mod_revision && held.text.as_bytes() != kv.value.as_slice())
+        })
     }
 
     /// As [`see`](Self::see), of what etcd answered just now: true whatever its revision. Revisions go back where etcd was restored
@@ -209,15 +213,15 @@ impl Owners {
         self.take_in(node, kv, |_| true)
     }
 
-    fn take_in(&self, node: &NodeName, kv: &Kv, is_news: impl Fn(i64) -> bool) -> Option<OwnLease> {
+    fn take_in(&self, node: &NodeName, kv: &Kv, is_news: impl Fn(&Held) -> bool) -> Option<OwnLease> {
         let mut nodes = self.lock();
         let own = nodes.get_mut(node)?;
-        let held = own.held.as_mut().filter(|held| held.key == kv.key && is_news(held.mod_revision))?;
+        let held = own.held.as_mut().filter(|held| held.key == kv.key && is_news(held))?;
         let value = Value::decode(&kv.value);
         let text = String::from_utf8_lossy(&kv.value).into_owned();
         let ours = text == held.text || own.writing.as_ref() == Some(&text);
         let reason = match value {
-            Ok(value) if ours || value.identity() == identity(&held.underlay) => {
+            Ok(value) if ours || same_node(&value.underlay, &held.underlay) => {
                 held.adopt(kv, value, text);
                 return (!ours && !own.releasing).then(|| OwnLease::Changed(held.lease_of(node)));
             }
@@ -247,12 +251,14 @@ impl Owners {
         news
     }
 
-    /// All keys as they were at a revision.
-    pub(super) fn see_all(&self, node: &NodeName, listing: &Listing) -> Option<OwnLease> {
+    /// All keys as they were at a revision. `went_back`: etcd has forgotten revisions that the node saw before it asked, so that no revision
+    /// says what is later.
+    pub(super) fn see_all(&self, node: &NodeName, listing: &Listing, went_back: bool) -> Option<OwnLease> {
         let key = self.held(node).ok()?.key;
         match listing.kvs.iter().find(|kv| kv.key == key) {
+            Some(kv) if went_back => self.see_now(node, kv),
             Some(kv) => self.see(node, kv),
-            None => self.see_gone(node, &key, listing.revision),
+            None => self.see_gone(node, &key, if went_back { i64::MAX } else { listing.revision }),
         }
     }
 }

@@ -81,6 +81,15 @@ pub(super) fn identity(underlay: &Stack<Ipv4Addr, Ipv6Addr>) -> Identity {
     }
 }
 
+/// Whether two underlays are one node's: by their IPv4 addresses where both have one, so that a node whose IPv4 is away for a moment
+/// (IPv6 came up first) is known by its IPv6.
+pub(super) fn same_node(one: &Stack<Ipv4Addr, Ipv6Addr>, other: &Stack<Ipv4Addr, Ipv6Addr>) -> bool {
+    match (one.v4(), other.v4()) {
+        (Some(one), Some(other)) => one == other,
+        _ => one.v6().zip(other.v6()).is_some_and(|(one, other)| one == other),
+    }
+}
+
 fn addresses(offer: &Offer) -> Stack<Ipv4Addr, Ipv6Addr> {
     match &offer.endpoints {
         Stack::V4(v4) => Stack::V4(v4.public_ip),

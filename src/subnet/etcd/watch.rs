@@ -68,8 +68,8 @@ impl Watch {
             own_due: None,
             ended: false,
         };
-        let listing = watch.inner.listing(&watch.node).await?;
-        watch.snapshot(listing);
+        let (listing, went_back) = watch.inner.listing(&watch.node).await?;
+        watch.snapshot(listing, went_back);
         Ok(watch)
     }
 
@@ -170,6 +170,8 @@ impl Watch {
     async fn again(&mut self, broke: Option<SubnetError>) {
         self.changes = None;
         self.breaks = if self.opened.elapsed() < WORKED { self.breaks + 1 } else { 1 };
+        // Of one that cannot be opened any more, too.
+        self.opened = Instant::now();
         if let Some(error) = broke {
             tracing::debug!(node = %self.node, %error, "the watch of leases broke: a new snapshot is taken");
             if self.breaks > BREAKS {
@@ -181,8 +183,8 @@ impl Watch {
             // Compacted faster than one can read.
             sleep(SPREAD).await;
         }
-        match self.inner.etcd.list(&self.inner.subnets).await {
-            Ok(listing) => self.snapshot(listing),
+        match self.inner.list(&self.node).await {
+            Ok((listing, went_back)) => self.snapshot(listing, went_back),
             Err(error) => self.end(error),
         }
     }
@@ -192,8 +194,8 @@ impl Watch {
         self.queue.push_back(Err(error));
     }
 
-    fn snapshot(&mut self, listing: Listing) {
-        let own = self.inner.owners.see_all(&self.node, &listing);
+    fn snapshot(&mut self, listing: Listing, went_back: bool) {
+        let own = self.inner.owners.see_all(&self.node, &listing, went_back);
         self.from = listing.revision;
         self.own.mark_unchanged();
         self.view = View::new(self.node.clone(), listing.kvs, self.inner.owners.keys(&self.node));
