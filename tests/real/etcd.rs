@@ -191,6 +191,24 @@ impl Etcd {
     /// Waits until the members that run answer.
     pub async fn wait(&mut self) {
         assert!(self.is_up().await, "a member ended:\n{}", fs::read_to_string(self.log(0)).unwrap_or_default());
+        let begun = Instant::now();
+        for number in 0..self.members.len() {
+            while self.members[number].child.is_some() && !self.answers(number).await {
+                assert!(begun.elapsed() < PATIENCE, "member {number} does not answer");
+                sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+
+    /// Whether a member answers, asked by itself.
+    async fn answers(&self, number: usize) -> bool {
+        let asked = async {
+            let url = format!("{}://{}", self.scheme, self.address(number));
+            let options = ConnectOptions::new().with_connect_timeout(Duration::from_secs(2));
+            let mut client = Client::connect([url], Some(options)).await.ok()?;
+            client.status().await.ok()
+        };
+        self.scheme != "http" || timeout(Duration::from_secs(2), asked).await.is_ok_and(|answer| answer.is_some())
     }
 
     /// Where a member listens.

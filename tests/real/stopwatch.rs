@@ -56,8 +56,9 @@ impl Stopwatch {
         let took = self.begun.elapsed();
         self.stop.store(true, Ordering::Relaxed);
         let lost = self.lost.take().map_or(Duration::ZERO, |thread| thread.join().expect("the other thread"));
+        // Whoever holds that lock may be podnet itself: the busiest machine gives it some.
         assert!(
-            took.saturating_sub(lost) < slower(SOON),
+            took.saturating_sub(lost) < slower(SOON) && took < slower(SOON * 10),
             "it took {took:?}, of which the machine was busy for {lost:?}"
         );
     }

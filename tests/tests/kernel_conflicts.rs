@@ -14,7 +14,7 @@ use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::privilege::with_only;
 use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::{
-    Cluster, DEVICE, STATIC, assert_same, builder, connected, lone_host, many, network, nft, peer,
+    Cluster, DEVICE, SOON, STATIC, assert_same, builder, connected, lone_host, many, network, nft, peer, slower,
 };
 use podnet_tests::{claim, name, spawn};
 use podnet_vxlan::Vxlan;
@@ -250,7 +250,7 @@ async fn fault_15_a_chain_that_drops_forwarded_packets_is_named_in_the_status_un
     let pods = |source| [&nft::within(source, [10, 64], [0xff, 0xc0])[..], &[nft::verdict(nft::ACCEPT)]].concat();
     nft::commit(host.netns(), &docker(&[pods(true), pods(false)]));
     running.until(|s| !s.warnings.iter().any(|w| w.with.contains("FORWARD"))).await;
-    assert!(began.elapsed() < podnet_tests::real::SOON * 5, "warnings came late: {:?}", began.elapsed());
+    assert!(began.elapsed() < slower(SOON * 5), "warnings came late: {:?}", began.elapsed());
     assert_same(&ours, &eye.settled().ours());
 }
 

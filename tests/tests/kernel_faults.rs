@@ -12,7 +12,7 @@ use podnet_tests::real::eye::Eye;
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::{
-    Cluster, DEVICE, SOON, STATIC, assert_same, builder, connected, heals, lone_host, many, nft, peer, turn,
+    Cluster, DEVICE, SOON, STATIC, assert_same, builder, connected, heals, lone_host, many, nft, peer, slower, turn,
 };
 use podnet_tests::{claim, name, spawn};
 
@@ -305,8 +305,8 @@ async fn fault_11_an_underlay_that_is_deleted_and_made_again_gets_its_overlay_ba
     eye.until("the overlay is back", |now| now.ours() == ours, &ours);
     watch.assert_soon();
     cluster.overlay(0).until(connected(1)).await;
-    host.wait_running(UNDERLAY_INTERFACE, SOON).await.unwrap();
-    cluster.lab.fabric().wait_running(&port, SOON).await.unwrap();
+    host.wait_running(UNDERLAY_INTERFACE, slower(SOON * 10)).await.unwrap();
+    cluster.lab.fabric().wait_running(&port, slower(SOON * 10)).await.unwrap();
     cluster.assert_pods_talk().await;
 }
 

@@ -14,7 +14,7 @@ use podnet_lab::host::End;
 use podnet_lab::probe::{PingOptions, PingStream};
 use podnet_lab::{Families, Host, LabSpec, Route, Underlay, veth};
 use podnet_tests::real::stopwatch::Stopwatch;
-use podnet_tests::real::{Cluster, DUAL, SOON, STATIC, Way, assert_same, connected, nft};
+use podnet_tests::real::{Cluster, DUAL, SOON, STATIC, Way, assert_same, connected, nft, slower};
 use podnet_tests::{name, spawn};
 
 /// The ways that put routes onto the underlay itself.
@@ -231,7 +231,7 @@ async fn fault_38_pods_talk_again_within_two_seconds_after_a_partition_and_nothi
         let port = cluster.lab.fabric_port(0);
         let whole = [0, 1, 2].map(|node| cluster.eye(node).settled());
         cluster.lab.fabric().set_down(&port).await.unwrap();
-        let parted = PingOptions { timeout: Duration::from_millis(100), ..PingOptions::default() };
+        let parted = PingOptions { timeout: slower(Duration::from_millis(100)), ..PingOptions::default() };
         for (from, to, report) in cluster.ping_pods(parted).await {
             let across = from.contains("-0-pod")
                 || to.to_string().starts_with("10.42.0.")
@@ -251,7 +251,7 @@ async fn fault_38_pods_talk_again_within_two_seconds_after_a_partition_and_nothi
 
         cluster.lab.fabric().set_up(&port).await.unwrap();
         let took = cluster.until_pods_talk().await;
-        assert!(took < SOON * 2, "{way:?}: {took:?}");
+        assert!(took < slower(SOON * 2), "{way:?}: {took:?}");
         cluster.overlay(0).until(connected(2)).await;
     }
 }

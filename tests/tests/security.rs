@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use podnet::admission::{Admission, Policy, Refusal, Reserved, Verdict};
 use podnet::backend::Backend;
@@ -10,6 +11,7 @@ use podnet::lease::{BackendData, BackendKind, Endpoint, Lease, Offer, Precedence
 use podnet::types::{Family, NodeName, Stack};
 use podnet_vxlan::Vxlan;
 use proptest::prelude::*;
+use rustix::time::{ClockId, clock_gettime};
 
 const OWN_MAC: &str = "02:00:00:00:00:ff";
 
@@ -331,12 +333,17 @@ fn ten_thousand_claims_to_one_subnet_are_judged_in_linear_time() {
     };
     let time = |n: u32| {
         let (mut admission, leases) = (admission(), leases(n));
-        let begun = std::time::Instant::now();
+        // What others do on this machine meanwhile does not count.
+        let now = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap();
+        let begun = now();
         admission.snapshot(leases);
-        begun.elapsed()
+        now() - begun
     };
     let (small, large) = (time(1000), time(10_000));
-    assert!(large < small * 60, "ten times the claims took {large:?} instead of {small:?}");
+    assert!(
+        large < small.max(Duration::from_millis(2)) * 60,
+        "ten times the claims took {large:?} instead of {small:?}"
+    );
 }
 
 // ---- properties -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ use podnet::plan::{
 };
 use podnet::testkit::kernel::{FakeKernel, KernelRoute, Operation, RouteMode, World};
 use podnet::types::{DeviceName, Family, MacAddr, Mtu, NodeName, Stack, Vni};
+use podnet_tests::real::slower;
 use podnet_tests::real::world::Real;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -115,7 +116,7 @@ async fn compare(acts: &[Act]) -> Result<(), TestCaseError> {
         };
         prop_assert_eq!(&of_fake, &of_real, "answers (left: fake) after\n{}", &history);
         // Some effects (a carrier that comes) take the kernel a moment.
-        let deadline = Instant::now() + Duration::from_millis(500);
+        let deadline = Instant::now() + slower(Duration::from_secs(5));
         loop {
             let (left, right) = (fake.look().await, real.look().await);
             if left == right {
