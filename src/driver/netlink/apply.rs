@@ -135,6 +135,20 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The index of a device of ours, for what is to be on it. Somebody may have put another one in its place since the last look, or it
+    /// could not be marked a moment ago.
+    fn own_index(&mut self, step: &Step, name: &DeviceName) -> Result<u32, DriverError> {
+        match self.device(name).map_err(|trouble| trouble.error(step.to_string()))? {
+            Some(link) if link.alias == ALIAS => Ok(link.index),
+            Some(foreign) => Err(DriverError::InTheWay {
+                attempted: step.to_string(),
+                with: foreign.describe(),
+                advice: "delete or rename it".to_owned(),
+            }),
+            None => Err(Trouble::Refused(Errno::NODEV, format!("there is no device {name}")).error(step.to_string())),
+        }
+    }
+
     /// A step on a device or an address.
     async fn single(&mut self, step: &Step) -> Result<(), DriverError> {
         match step {
@@ -150,8 +164,8 @@ impl<'a> Run<'a> {
             }
             Step::Delete(Object::Address(address)) => {
                 let index = match self.device(&address.device) {
-                    Ok(Some(link)) => link.index,
-                    Ok(None) => return Ok(()),
+                    Ok(Some(link)) if link.alias == ALIAS => link.index,
+                    Ok(_) => return Ok(()),
                     Err(trouble) => return Err(trouble.error(step.to_string())),
                 };
                 let done = self.core.rtnl.delete_address(address::message(index, address.address)).await;
@@ -332,7 +346,7 @@ impl<'a> Run<'a> {
     }
 
     async fn create_address(&mut self, step: &Step, to: &Address) -> Result<(), DriverError> {
-        let index = self.index(&to.device).map_err(|trouble| trouble.error(step.to_string()))?;
+        let index = self.own_index(step, &to.device)?;
         match self.core.rtnl.create_address(address::message(index, to.address)).await {
             Ok(()) => Ok(()),
             Err(Trouble::Refused(Errno::EXIST, words)) => {
@@ -595,18 +609,18 @@ impl<'a> Run<'a> {
     ) -> Result<Encoded, DriverError> {
         let refused = |trouble: Trouble| trouble.error(step.to_string());
         if let Step::Delete(object) = step {
-            let index = match object.device() {
-                Some(name) => match self.device(name).map_err(refused)? {
-                    Some(link) => Some(link.index),
-                    None => None,
-                },
+            let link = match object.device() {
+                Some(name) => self.device(name).map_err(refused)?,
                 None => None,
             };
-            match (object, index) {
+            let own = link.as_ref().filter(|link| link.alias == ALIAS).map(|link| link.index);
+            let index = link.map(|link| link.index);
+            match (object, own) {
                 (Object::Neighbour(o), Some(index)) => neighbour::delete_neighbour(out, index, o),
                 (Object::Fdb(o), Some(index)) => neighbour::delete_fdb(out, index, o),
+                // It went with the device, or with our mark on it.
                 (Object::Neighbour(_) | Object::Fdb(_), None) => return Ok(Encoded::Nothing),
-                (Object::Route(o), index) => match index.filter(|_| self.core.legacy.contains(&object.key())) {
+                (Object::Route(o), _) => match index.filter(|_| self.core.legacy.contains(&object.key())) {
                     Some(index) => route::delete_legacy(out, o, index),
                     None => route::delete(out, o),
                 },
@@ -617,12 +631,12 @@ impl<'a> Run<'a> {
         let mode = if matches!(step, Step::Create(_)) { create } else { Mode::Replace };
         match step.outcome() {
             Some(Object::Neighbour(o)) => {
-                let index = self.index(&o.device).map_err(refused)?;
+                let index = self.own_index(step, &o.device)?;
                 neighbour::set_neighbour(out, index, o);
                 Ok(Encoded::Written(None))
             }
             Some(Object::Fdb(o)) => {
-                let index = self.index(&o.device).map_err(refused)?;
+                let index = self.own_index(step, &o.device)?;
                 neighbour::set_fdb(out, index, o);
                 Ok(Encoded::Written(None))
             }

@@ -267,6 +267,10 @@ fn link_alter(inner: &mut Inner, step: &Step, to: &Link) -> Result<(), Failure> 
     if is.vxlan.is_none() || !(is.is_ours() || is.alias.is_none()) {
         return Err(in_the_way(step, link_line(name, &is), "delete or rename that device"));
     }
+    // A request names it by its number, which is looked up before anything is done.
+    if wanted.underlay.as_ref().is_some_and(|lower| !inner.state.links.contains_key(lower)) {
+        return Err(Failure::Error(refused(step.to_string(), Errno::NODEV, "its lower device is gone")));
+    }
     if let Some(on) = to.tx_checksum_offload.filter(|on| *on != is.tx_checksum_offload) {
         let word = if on { "on" } else { "off" };
         request(inner, step, format!("ethtool -K {name} tx {word}"), |s| s.link_set_offload(name, on))?;
