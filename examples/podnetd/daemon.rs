@@ -5,6 +5,7 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -153,16 +154,26 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         async move { systemd.keep_told(&shared).await }
     });
 
+    let say_stopping = || {
+        telling.abort();
+        systemd.stopping();
+    };
+    // systemd hears of the end when it begins: an engine that hangs is waited for.
+    let mut stop = pin!(async {
+        signals.next().await;
+        say_stopping();
+    });
     let network = tokio::select! {
         network = known_network(&*store, &shared) => Some(network),
-        () = signals.next() => None,
+        () = &mut stop => None,
     };
     let outcome = match network {
-        Some(network) => keep_network(&options, store, &network, &shared, file_state, &mut signals).await,
+        Some(network) => keep_network(&options, store, &network, &shared, file_state, stop).await,
         None => Ok(()),
     };
-    telling.abort();
-    systemd.stopping();
+    if outcome.is_err() {
+        say_stopping();
+    }
     served.end();
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -186,7 +197,7 @@ async fn keep_network(
     network: &NetworkConfig,
     shared: &Arc<Shared>,
     file_state: watch::Sender<State>,
-    signals: &mut Signals,
+    stop: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Problem> {
     let firewall = node::firewall(options, network)?;
     let builder =
@@ -209,7 +220,7 @@ async fn keep_network(
 
     let outcome = tokio::select! {
         ended = &mut runner => Err(format!("the overlay ended by itself: {ended:?}").into()),
-        () = signals.next() => {
+        () = stop => {
             tracing::info!("a signal: podnetd ends, and the network stays up");
             // Nothing is left to do in the kernel: an engine that hangs is as good as one that stopped.
             let _ = tokio::time::timeout(FAREWELL, overlay.shutdown(Shutdown::Keep)).await;

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use podnet_lab::probe::{PingOptions, ping};
@@ -20,6 +20,8 @@ use podnet_tests::real::eye::Eye;
 use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, pause, podnetd, said};
 use podnet_tests::real::{self, DEVICE, assert_same};
+use podnet_tests::skipping;
+use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 
 #[path = "tls/authority.rs"]
@@ -46,6 +48,8 @@ tests! {
     remove_leaves_nothing_with_the_store_and_without_it,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
+    systemd_hears_that_it_is_ready_also_where_its_queue_was_full,
+    the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_before_it_is_waited_for,
 }
 
 fn main() -> ExitCode {
@@ -147,6 +151,14 @@ impl Stage {
         let mut command = podnetd();
         command.args(self.flags(index)).args(more);
         command
+    }
+
+    /// Runs iptables-nft on the first node.
+    fn iptables(&self, line: &str) {
+        let mut command = Command::new("/usr/sbin/iptables-nft");
+        command.args(line.split(' '));
+        let ended = self.netns(0).run(|| command.output()).unwrap().unwrap();
+        assert!(ended.status.success(), "{line}: {}", said(&ended));
     }
 
     /// Runs it to its end.
@@ -734,6 +746,62 @@ async fn remove_leaves_nothing_with_the_store_and_without_it() {
     }
 }
 
+/// How long podnetd waits for its engine in the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// iptables' own programs, which hang or refuse when told so. They are found in their place in a mount namespace alone.
+struct Iptables(PathBuf);
+
+impl Iptables {
+    /// `None` where there are none.
+    fn of(stage: &Stage, test: &str) -> Option<Iptables> {
+        if !Path::new("/usr/sbin/iptables-nft-restore").exists() || !Path::new("/usr/local/sbin").exists() {
+            skipping(test, "iptables-nft is not installed");
+            return None;
+        }
+        let programs = Iptables(stage.folder.path().join("programs"));
+        fs::create_dir(&programs.0).unwrap();
+        let file = |name| programs.0.join(name).display().to_string();
+        for name in ["iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"] {
+            let real = name.replace("tables-", "tables-nft-");
+            let (hang, asked, refuse) = (file("hang"), file("asked"), file("refuse"));
+            let script = format!(
+                "#!/bin/sh\nwhile [ -e {hang} ]; do : > {asked}; sleep 0.02; done\n\
+                 case \"$0 $*\" in *version) ;; *-restore*) if [ -e {refuse} ]; then echo 'not today' >&2; exit 4; fi;; esac\n\
+                 exec /usr/sbin/{real} \"$@\"\n"
+            );
+            let path = programs.0.join(name);
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        Some(programs)
+    }
+
+    /// What this thread starts from now on finds them.
+    fn put_first(&self) {
+        use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        mount_bind(&self.0, "/usr/local/sbin").unwrap();
+    }
+
+    fn tell(&self, what: &str, so: bool) {
+        match so {
+            true => fs::write(self.0.join(what), "").unwrap(),
+            false => fs::remove_file(self.0.join(what)).unwrap(),
+        }
+    }
+
+    fn hang(&self, so: bool) {
+        let _ = fs::remove_file(self.0.join("asked"));
+        self.tell("hang", so);
+    }
+
+    fn is_asked(&self) -> bool {
+        self.0.join("asked").exists()
+    }
+}
+
 async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
     let stage = Stage::v4(1).await;
     let wrong = stage.run(0, &["-ipmasq", "--kube-subnet-mgr", "--iface-regexp=x"]);
@@ -766,34 +834,100 @@ async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
     daemon.until_ready();
 }
 
+/// systemd's end of the socket.
+struct Systemd(UnixDatagram, PathBuf);
+
+impl Systemd {
+    fn on(stage: &Stage) -> Systemd {
+        let path = stage.folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Systemd(socket, path)
+    }
+
+    /// A daemon that must be heard of four times a second.
+    fn starts(&self, stage: &Stage, flags: &[&str]) -> Command {
+        let mut command = stage.command(0, flags);
+        command.env("NOTIFY_SOCKET", &self.1).env("WATCHDOG_USEC", "1000000");
+        command
+    }
+
+    fn next(&self) -> String {
+        let mut text = [0; 1024];
+        let length = self.0.recv(&mut text).expect("something is said");
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    }
+
+    /// Listens until this is said; the whole of it.
+    fn hear(&self, wanted: &str) -> String {
+        let begun = Instant::now();
+        loop {
+            let said = self.next();
+            if said.contains(wanted) {
+                return said;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{said} and no {wanted}");
+        }
+    }
+}
+
 async fn systemd_is_told() {
     let stage = Stage::v4(1).await;
-    let path = stage.folder.path().join("notify");
-    let systemd = UnixDatagram::bind(&path).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
-    let hear = |wanted: &str| {
-        let mut heard = Vec::new();
-        loop {
-            let mut text = [0; 1024];
-            let length = systemd.recv(&mut text).unwrap_or_else(|e| panic!("{e}: {heard:?} and no {wanted}"));
-            heard.push(String::from_utf8_lossy(&text[..length]).into_owned());
-            if heard.last().unwrap().contains(wanted) {
-                return heard;
-            }
-        }
-    };
+    let systemd = Systemd::on(&stage);
     stage.list(0);
-    let mut command = stage.command(0, &[]);
-    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000");
-    let daemon = stage.start_with(0, command);
-    let heard = hear("STATUS=not ready: ");
-    assert!(heard.last().unwrap().starts_with("EXTEND_TIMEOUT_USEC="), "{heard:?}");
-    hear("has no subnet yet");
+    let daemon = stage.start_with(0, systemd.starts(&stage, &[]));
+    assert!(systemd.hear("STATUS=not ready: ").starts_with("EXTEND_TIMEOUT_USEC="));
+    systemd.hear("has no subnet yet");
     stage.list(1);
-    let heard = hear("READY=1\n");
-    assert!(heard.last().unwrap().contains("STATUS=ready; 0 of 0 peers connected"), "{heard:?}");
+    assert!(systemd.hear("READY=1\n").contains("STATUS=ready; 0 of 0 peers connected"));
     daemon.until_ready();
-    hear("WATCHDOG=1");
+    systemd.hear("WATCHDOG=1");
     assert_eq!(daemon.stop(), Some(0));
-    hear("STOPPING=1");
+    systemd.hear("STOPPING=1");
+}
+
+async fn systemd_hears_that_it_is_ready_also_where_its_queue_was_full() {
+    let stage = Stage::v4(1).await;
+    let systemd = Systemd::on(&stage);
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send_to(b"another service", &systemd.1).is_ok() {}
+    let daemon = stage.start_with(0, systemd.starts(&stage, &["-v=1"]));
+    eventually("it cannot say so", || daemon.log().contains("systemd was not told: READY=1"));
+    systemd.hear("READY=1\n");
+}
+
+async fn the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_before_it_is_waited_for() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "the_watchdog_hears_of_no_engine_that_hangs") else { return };
+    let systemd = Systemd::on(&stage);
+    let log = stage.folder.path().join("0.log");
+    let command = systemd.starts(&stage, &["--firewall=iptables"]);
+    let daemon = Daemon::start(stage.netns(0), command, &stage.socket(0), &log, || iptables.put_first());
+    daemon.until_ready();
+    systemd.hear("WATCHDOG=1");
+
+    // The engine looks, and waits for a program that does not answer.
+    iptables.hang(true);
+    stage.iptables("-A FORWARD -s 192.0.2.1 -j ACCEPT");
+    eventually("it is asked", || iptables.is_asked());
+    let (mut said, begun) = (0, Instant::now());
+    while said < 4 {
+        assert!(begun.elapsed() < PATIENCE, "the watchdog hears of an engine that hangs");
+        // What it had begun to say may still be in the queue.
+        let text = systemd.next();
+        said = if text == "WATCHDOG=1" { 0 } else { said + 1 };
+    }
+    iptables.hang(false);
+    systemd.hear("WATCHDOG=1");
+
+    iptables.hang(true);
+    stage.iptables("-A FORWARD -s 192.0.2.2 -j ACCEPT");
+    eventually("it is asked", || iptables.is_asked());
+    kill_process(daemon.pid(), Signal::TERM).unwrap();
+    let begun = Instant::now();
+    systemd.hear("STOPPING=1");
+    assert!(begun.elapsed() < FAREWELL / 2, "an engine that hangs is waited for {FAREWELL:?}, after that is said");
+    iptables.hang(false);
+    assert_eq!(daemon.stop(), Some(0));
 }
