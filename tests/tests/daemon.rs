@@ -46,6 +46,7 @@ tests! {
     etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_say,
     the_device_the_address_and_the_rules_are_what_flannelds_flags_say,
     remove_leaves_nothing_with_the_store_and_without_it,
+    a_removal_that_left_something_keeps_the_file_by_which_the_next_knows_the_network,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
     systemd_hears_that_it_is_ready_also_where_its_queue_was_full,
@@ -800,6 +801,35 @@ impl Iptables {
     fn is_asked(&self) -> bool {
         self.0.join("asked").exists()
     }
+}
+
+async fn a_removal_that_left_something_keeps_the_file_by_which_the_next_knows_the_network() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "a_removal_that_left_something_keeps_the_file") else { return };
+    let run = |more: &[&str]| {
+        let mut command = stage.command(0, &[&["--firewall=iptables"], more].concat());
+        let ended = stage.netns(0).run(|| {
+            iptables.put_first();
+            command.output()
+        });
+        ended.unwrap().unwrap()
+    };
+    let daemon = stage.start_with(0, stage.command(0, &["--firewall=iptables"]));
+    daemon.until_ready();
+    assert_eq!(daemon.stop(), Some(0));
+    fs::remove_file(stage.leases()).unwrap();
+
+    iptables.tell("refuse", true);
+    let removed = run(&["--remove"]);
+    assert_eq!(removed.status.code(), Some(1), "{}", said(&removed));
+    assert!(said(&removed).contains("not today") && said(&removed).contains("something is left"), "{}", said(&removed));
+    assert!(stage.subnet_file(0).exists(), "without it and the store nobody knows what is podnet's");
+    iptables.tell("refuse", false);
+    let removed = run(&["--remove"]);
+    assert_eq!(removed.status.code(), Some(0), "{}", said(&removed));
+    assert!(!stage.subnet_file(0).exists());
+    let after = stage.eye(0).settled();
+    assert!(!after.has(&["podnet"]) && !after.has(&["flannel"]), "{after:?}");
 }
 
 async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
