@@ -43,6 +43,7 @@ pub(crate) struct Shared {
     pub(crate) started: SystemTime,
     pub(crate) file: watch::Receiver<State>,
     pub(crate) writes: Arc<Writes>,
+    ip_masq: bool,
     overlay: OnceLock<Arc<dyn Overlay>>,
     /// For what, while there is no overlay.
     waiting: Mutex<String>,
@@ -68,9 +69,9 @@ impl Shared {
             return Some(why);
         }
         match &*self.file.borrow() {
-            State::Written => None,
-            State::Waiting => Some("subnet.env is not written yet".to_owned()),
+            State::Written(said) if subnet_file::whole(&status, self.ip_masq) == Some(*said) => None,
             State::Failed(why) => Some(why.clone()),
+            State::Written(_) | State::Waiting => Some("subnet.env is not written yet".to_owned()),
         }
     }
 
@@ -142,6 +143,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         started: SystemTime::now(),
         file,
         writes: Arc::default(),
+        ip_masq: options.ip_masq,
         overlay: OnceLock::new(),
         waiting: Mutex::new("the network's configuration is not read yet".to_owned()),
         begun: Notify::new(),
@@ -331,6 +333,7 @@ mod tests {
             started: SystemTime::now(),
             file,
             writes: Arc::default(),
+            ip_masq: true,
             overlay: OnceLock::new(),
             waiting: Mutex::default(),
             begun: Notify::new(),

@@ -13,6 +13,7 @@ use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
+use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
 use podnet_tests::real::etcd;
@@ -38,6 +39,8 @@ tests! {
     subnet_env_and_the_probes_say_the_truth_in_both_families,
     a_node_without_a_subnet_is_alive_and_not_ready_until_it_has_one,
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
+    a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
+    a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
@@ -324,6 +327,78 @@ async fn killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_noth
     assert_same(&before, &eye.settled());
     assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "subnet.env stays, as it was");
     assert!(!stage.socket(0).exists());
+}
+
+async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays() {
+    let stage = Stage::of(1, LabSpec::usual_networks(Stack::Dual((), ()))).await;
+    let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
+    node.host().add_bridge("flannel-v6.1", None).await.unwrap();
+    let v4 = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.0.1/24\n";
+    let v6 = "FLANNEL_IPV6_NETWORK=2001:db8:42::/56\nFLANNEL_IPV6_SUBNET=2001:db8:42::1/64\n";
+    let rest = "FLANNEL_MTU=1390\nFLANNEL_IPMASQ=true\n";
+    let says = || fs::read_to_string(&file).unwrap_or_default();
+
+    let daemon = stage.start(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("flannel-v6.1"));
+    eventually("pods can have IPv4", || !says().is_empty());
+    assert_eq!(says(), format!("{v4}{rest}"));
+    node.host().delete_link("flannel-v6.1").await.unwrap();
+    daemon.until_ready();
+    let both = format!("{v4}{v6}{rest}");
+    eventually("pods can have both", || says() == both);
+
+    // What is repaired, or waits for the store, has its pods: the file is kept as it was, and made anew as it was.
+    let gone_and_back = |what: &str| {
+        assert_eq!(says(), both, "{what}");
+        fs::remove_file(&file).unwrap();
+        eventually(what, || says() == both);
+    };
+    let in_the_way = "2001:db8:42:99::7/128".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("2001:db8:42:99::7"));
+    gone_and_back("IPv6 is blocked");
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    stage.list(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("Lease: "));
+    gone_and_back("the lease is lost");
+
+    // A daemon that starts anew meanwhile knows no better.
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    stage.list(1);
+    assert_eq!(daemon.stop(), Some(0));
+    let daemon = stage.start(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("2001:db8:42:99::7"));
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "met"
+    });
+    gone_and_back("IPv6 is blocked since the start");
+}
+
+async fn a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env() {
+    let stage = Stage::v4(1).await;
+    let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    let before = fs::read_to_string(&file).unwrap();
+    let in_the_way = "10.42.200.7/32".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, _| code == 503);
+
+    let leases = fs::read_to_string(stage.leases()).unwrap();
+    fs::write(stage.leases(), leases.replace("10.42.0.0/24", "10.42.5.0/24")).unwrap();
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "failed" && body.contains("10.42.5.0/24")
+    });
+    fs::remove_file(&file).unwrap();
+    eventually("it is there again", || file.exists());
+    assert_eq!(fs::read_to_string(&file).unwrap(), before, "pods of the new subnet would have no network");
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    let after = before.replace("10.42.0.1/24", "10.42.5.1/24");
+    eventually("the new one works", || fs::read_to_string(&file).is_ok_and(|said| said == after));
 }
 
 async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
