@@ -69,6 +69,10 @@ impl Pages for Shared {
             _ => Answer::text(404, "there are /healthz, /readyz, /status, /peers and /metrics"),
         }
     }
+
+    fn is_large(&self, path: &str) -> bool {
+        matches!(path, "/peers" | "/metrics")
+    }
 }
 
 impl Shared {
