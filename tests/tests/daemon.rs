@@ -39,6 +39,7 @@ tests! {
     subnet_env_and_the_probes_say_the_truth_in_both_families,
     a_node_without_a_subnet_is_alive_and_not_ready_until_it_has_one,
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
+    readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes,
     a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
     a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
@@ -329,6 +330,34 @@ async fn killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_noth
     assert!(!stage.socket(0).exists());
 }
 
+async fn readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes() {
+    let stage = Stage::v4(1).await;
+    let node = &stage.lab.nodes()[0];
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    let metric = |name: &str| daemon.metric(name).unwrap_or_else(|| panic!("no {name}"));
+    let (rounds, took) = (metric("podnet_reconcile_seconds_count"), metric("podnet_reconcile_seconds_sum"));
+    assert!(rounds >= 1.0 && took > 0.0, "{rounds} in {took} s");
+    assert_eq!(metric("podnet_conflicts"), 0.0);
+
+    // Something of others is in the way of this node.
+    let in_the_way = "10.42.200.7/32".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("10.42.200.7"));
+    assert_eq!((metric("podnet_ready"), metric("podnet_conflicts")), (0.0, 1.0));
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    assert_eq!((metric("podnet_ready"), metric("podnet_conflicts")), (1.0, 0.0));
+    let (more, longer) = (metric("podnet_reconcile_seconds_count"), metric("podnet_reconcile_seconds_sum"));
+    assert!(more > rounds && longer > took, "{more} in {longer} s after {rounds} in {took} s");
+
+    // The store takes the subnet away.
+    stage.list(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("Lease: "));
+    stage.list(1);
+    daemon.until_ready();
+}
+
 async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays() {
     let stage = Stage::of(1, LabSpec::usual_networks(Stack::Dual((), ()))).await;
     let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
@@ -591,6 +620,7 @@ async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
     assert_eq!(said(&run(0, &["--plan"])), "Nothing to change.\n");
 
     let [daemon, _other] = daemons;
+    assert_eq!(daemon.log().matches("etcd without TLS").count(), 1, "etcd is on another machine:\n{}", daemon.log());
     assert_eq!(daemon.stop(), Some(0));
     assert_eq!(keys.list(subnets).await.len(), 2, "a stop gives nothing back");
     let left = run(0, &["--remove", "--leave"]);
