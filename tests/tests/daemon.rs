@@ -42,6 +42,7 @@ tests! {
     readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes,
     a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
     a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env,
+    a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
@@ -374,7 +375,7 @@ async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_the
     node.host().delete_link("flannel-v6.1").await.unwrap();
     daemon.until_ready();
     let both = format!("{v4}{v6}{rest}");
-    eventually("pods can have both", || says() == both);
+    assert_eq!(says(), both);
 
     // What is repaired, or waits for the store, has its pods: the file is kept as it was, and made anew as it was.
     let gone_and_back = |what: &str| {
@@ -426,8 +427,33 @@ async fn a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env() {
     assert_eq!(fs::read_to_string(&file).unwrap(), before, "pods of the new subnet would have no network");
     node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
     daemon.until_ready();
-    let after = before.replace("10.42.0.1/24", "10.42.5.1/24");
-    eventually("the new one works", || fs::read_to_string(&file).is_ok_and(|said| said == after));
+    assert_eq!(fs::read_to_string(&file).unwrap(), before.replace("10.42.0.1/24", "10.42.5.1/24"));
+}
+
+async fn a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "a_new_subnet_whose_firewall_rules_cannot_be_seen") else { return };
+    let (file, log) = (stage.subnet_file(0), stage.folder.path().join("0.log"));
+    let command = stage.command(0, &["--firewall=iptables"]);
+    let daemon = Daemon::start(stage.netns(0), command, &stage.socket(0), &log, || iptables.put_first());
+    daemon.until_ready();
+    let before = fs::read_to_string(&file).unwrap();
+
+    iptables.tell("blind", true);
+    stage.iptables("-A FORWARD -s 192.0.2.1 -j ACCEPT");
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("not today"));
+    let leases = fs::read_to_string(stage.leases()).unwrap();
+    fs::write(stage.leases(), leases.replace("10.42.0.0/24", "10.42.5.0/24")).unwrap();
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "met" && body.contains("10.42.5.0/24")
+    });
+    fs::remove_file(&file).unwrap();
+    eventually("it is there again", || file.exists());
+    assert_eq!(fs::read_to_string(&file).unwrap(), before, "what pods of the new subnet send would not be masqueraded");
+    iptables.tell("blind", false);
+    daemon.until_ready();
+    assert_eq!(fs::read_to_string(&file).unwrap(), before.replace("10.42.0.1/24", "10.42.5.1/24"));
 }
 
 async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
@@ -855,7 +881,7 @@ async fn remove_leaves_nothing_with_the_store_and_without_it() {
 /// How long podnetd waits for its engine in the end.
 const FAREWELL: Duration = Duration::from_secs(10);
 
-/// iptables' own programs, which hang or refuse when told so. They are found in their place in a mount namespace alone.
+/// iptables' own programs, which hang, show nothing (`blind`) or change nothing (`refuse`) when told so. They are found in their place in a mount namespace alone.
 struct Iptables(PathBuf);
 
 impl Iptables {
@@ -870,10 +896,11 @@ impl Iptables {
         let file = |name| programs.0.join(name).display().to_string();
         for name in ["iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"] {
             let real = name.replace("tables-", "tables-nft-");
-            let (hang, asked, refuse) = (file("hang"), file("asked"), file("refuse"));
+            let (hang, asked) = (file("hang"), file("asked"));
+            let refuse = file(if name.ends_with("save") { "blind" } else { "refuse" });
             let script = format!(
                 "#!/bin/sh\nwhile [ -e {hang} ]; do : > {asked}; sleep 0.02; done\n\
-                 case \"$0 $*\" in *version) ;; *-restore*) if [ -e {refuse} ]; then echo 'not today' >&2; exit 4; fi;; esac\n\
+                 case \"$*\" in *version) ;; *) if [ -e {refuse} ]; then echo 'not today' >&2; exit 4; fi;; esac\n\
                  exec /usr/sbin/{real} \"$@\"\n"
             );
             let path = programs.0.join(name);
