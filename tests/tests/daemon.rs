@@ -41,7 +41,7 @@ tests! {
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
     readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes,
     a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
-    a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env,
+    a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env,
     a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
@@ -406,7 +406,7 @@ async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_the
     gone_and_back("IPv6 is blocked since the start");
 }
 
-async fn a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env() {
+async fn a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env() {
     let stage = Stage::v4(1).await;
     let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
     let daemon = stage.start(0);
@@ -416,18 +416,27 @@ async fn a_new_subnet_that_is_not_in_the_kernel_is_not_in_subnet_env() {
     node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
     daemon.until("/readyz", |code, _| code == 503);
 
+    let gone_and_back = |what: &str| {
+        fs::remove_file(&file).unwrap();
+        eventually("it is there again", || file.exists());
+        assert_eq!(fs::read_to_string(&file).unwrap(), before, "{what}");
+    };
+    node.host().set_mtu(UNDERLAY_INTERFACE, 1400).await.unwrap();
+    daemon.until("/status", |_, body| body.contains(r#""pod_mtu": 1350"#));
+    gone_and_back("the device has the old MTU");
     let leases = fs::read_to_string(stage.leases()).unwrap();
     fs::write(stage.leases(), leases.replace("10.42.0.0/24", "10.42.5.0/24")).unwrap();
     daemon.until("/status", |_, body| {
         let status: serde_json::Value = serde_json::from_str(body).unwrap();
         status["families"][0]["state"] == "failed" && body.contains("10.42.5.0/24")
     });
-    fs::remove_file(&file).unwrap();
-    eventually("it is there again", || file.exists());
-    assert_eq!(fs::read_to_string(&file).unwrap(), before, "pods of the new subnet would have no network");
+    gone_and_back("pods of the new subnet would have no network");
     node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
     daemon.until_ready();
-    assert_eq!(fs::read_to_string(&file).unwrap(), before.replace("10.42.0.1/24", "10.42.5.1/24"));
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        before.replace("10.42.0.1/24", "10.42.5.1/24").replace("1410", "1350")
+    );
 }
 
 async fn a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env() {
