@@ -1,6 +1,7 @@
 //! The daemon: the node's network from start to signal, with what is around it. Everything that may come late (the store, the lease, the
 //! underlay) is waited for, and meanwhile `/readyz` says for what.
 
+use std::cell::Cell;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -156,11 +157,12 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         async move { systemd.keep_told(&shared).await }
     });
 
+    let told = Cell::new(false);
     let say_stopping = || {
         telling.abort();
-        systemd.stopping();
+        told.set(told.get() || systemd.stopping());
     };
-    // systemd hears of the end when it begins: an engine that hangs is waited for.
+    // systemd hears of the end when it begins: an engine that hangs is waited for. If it does not take it then, it does perhaps later.
     let mut stop = pin!(async {
         signals.next().await;
         say_stopping();
@@ -173,9 +175,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         Some(network) => keep_network(&options, store, &network, &shared, file_state, stop).await,
         None => Ok(()),
     };
-    if outcome.is_err() {
-        say_stopping();
-    }
+    say_stopping();
     served.end();
     outcome.map(|()| ExitCode::SUCCESS)
 }

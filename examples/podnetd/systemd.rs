@@ -50,9 +50,9 @@ impl Systemd {
         sent.is_ok()
     }
 
-    /// The daemon ends.
-    pub(crate) fn stopping(&self) {
-        self.say("STOPPING=1\nSTATUS=stopping; the network stays up");
+    /// The daemon ends. Whether it was taken.
+    pub(crate) fn stopping(&self) -> bool {
+        self.say("STOPPING=1\nSTATUS=stopping; the network stays up")
     }
 
     /// Tells it how things are until dropped. The watchdog hears from us only as long as the engine answers.

@@ -1029,6 +1029,15 @@ impl Systemd {
         String::from_utf8_lossy(&text[..length]).into_owned()
     }
 
+    /// Listens until something holds, so that the queue is not full then.
+    fn hear_until(&self, holds: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !holds() {
+            self.next();
+            assert!(begun.elapsed() < PATIENCE, "it does not come to be");
+        }
+    }
+
     /// Listens until this is said; the whole of it.
     fn hear(&self, wanted: &str) -> String {
         let begun = Instant::now();
@@ -1081,7 +1090,7 @@ async fn the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_befor
     // The engine looks, and waits for a program that does not answer.
     iptables.hang(true);
     stage.iptables("-A FORWARD -s 192.0.2.1 -j ACCEPT");
-    eventually("it is asked", || iptables.is_asked());
+    systemd.hear_until(|| iptables.is_asked());
     let (mut said, begun) = (0, Instant::now());
     while said < 4 {
         assert!(begun.elapsed() < PATIENCE, "the watchdog hears of an engine that hangs");
@@ -1094,7 +1103,7 @@ async fn the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_befor
 
     iptables.hang(true);
     stage.iptables("-A FORWARD -s 192.0.2.2 -j ACCEPT");
-    eventually("it is asked", || iptables.is_asked());
+    systemd.hear_until(|| iptables.is_asked());
     kill_process(daemon.pid(), Signal::TERM).unwrap();
     let begun = Instant::now();
     systemd.hear("STOPPING=1");
