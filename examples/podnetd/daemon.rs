@@ -1,10 +1,12 @@
 //! The daemon: the node's network from start to signal, with what is around it. Everything that may come late (the store, the lease, the
 //! underlay) is waited for, and meanwhile `/readyz` says for what.
 
+use std::cell::Cell;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -42,6 +44,7 @@ pub(crate) struct Shared {
     pub(crate) started: SystemTime,
     pub(crate) file: watch::Receiver<State>,
     pub(crate) writes: Arc<Writes>,
+    ip_masq: bool,
     overlay: OnceLock<Arc<dyn Overlay>>,
     /// For what, while there is no overlay.
     waiting: Mutex<String>,
@@ -67,9 +70,9 @@ impl Shared {
             return Some(why);
         }
         match &*self.file.borrow() {
-            State::Written => None,
-            State::Waiting => Some("subnet.env is not written yet".to_owned()),
+            State::Written(said) if subnet_file::whole(&status, self.ip_masq) == Some(*said) => None,
             State::Failed(why) => Some(why.clone()),
+            State::Written(_) | State::Waiting => Some("subnet.env is not written yet".to_owned()),
         }
     }
 
@@ -141,6 +144,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         started: SystemTime::now(),
         file,
         writes: Arc::default(),
+        ip_masq: options.ip_masq,
         overlay: OnceLock::new(),
         waiting: Mutex::new("the network's configuration is not read yet".to_owned()),
         begun: Notify::new(),
@@ -153,16 +157,25 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         async move { systemd.keep_told(&shared).await }
     });
 
+    let told = Cell::new(false);
+    let say_stopping = || {
+        telling.abort();
+        told.set(told.get() || systemd.stopping());
+    };
+    // systemd hears of the end when it begins: an engine that hangs is waited for. If it does not take it then, it does perhaps later.
+    let mut stop = pin!(async {
+        signals.next().await;
+        say_stopping();
+    });
     let network = tokio::select! {
         network = known_network(&*store, &shared) => Some(network),
-        () = signals.next() => None,
+        () = &mut stop => None,
     };
     let outcome = match network {
-        Some(network) => keep_network(&options, store, &network, &shared, file_state, &mut signals).await,
+        Some(network) => keep_network(&options, store, &network, &shared, file_state, stop).await,
         None => Ok(()),
     };
-    telling.abort();
-    systemd.stopping();
+    say_stopping();
     served.end();
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -186,7 +199,7 @@ async fn keep_network(
     network: &NetworkConfig,
     shared: &Arc<Shared>,
     file_state: watch::Sender<State>,
-    signals: &mut Signals,
+    stop: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Problem> {
     let firewall = node::firewall(options, network)?;
     let builder =
@@ -209,7 +222,7 @@ async fn keep_network(
 
     let outcome = tokio::select! {
         ended = &mut runner => Err(format!("the overlay ended by itself: {ended:?}").into()),
-        () = signals.next() => {
+        () = stop => {
             tracing::info!("a signal: podnetd ends, and the network stays up");
             // Nothing is left to do in the kernel: an engine that hangs is as good as one that stopped.
             let _ = tokio::time::timeout(FAREWELL, overlay.shutdown(Shutdown::Keep)).await;
@@ -320,6 +333,7 @@ mod tests {
             started: SystemTime::now(),
             file,
             writes: Arc::default(),
+            ip_masq: true,
             overlay: OnceLock::new(),
             waiting: Mutex::default(),
             begun: Notify::new(),

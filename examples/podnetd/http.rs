@@ -1,5 +1,5 @@
 //! HTTP/1.1 for a handful of pages, on a TCP port and on a unix socket: GET and HEAD, one request a connection, everything bounded (size,
-//! time, connections). It knows no page: what is served is in `pages.rs`.
+//! time, connections, how many pages that grow with the cluster). It knows no page: what is served is in `pages.rs`.
 
 use std::future::Future;
 use std::io;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// A longer request is refused.
 const LONGEST_REQUEST: usize = 8 * 1024;
@@ -16,6 +16,10 @@ const LONGEST_REQUEST: usize = 8 * 1024;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// So many connections at once; more are closed at once.
 const CONNECTIONS: usize = 64;
+/// So many large pages at once on one listener, so that who holds all of one keeps nobody from the other.
+const LARGE: usize = 3;
+/// How long another may wait for its turn: with the time that the page takes it is less than the deadline.
+const TURN: Duration = Duration::from_secs(3);
 /// After an accept that failed: without file descriptors it would fail again at once.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -37,6 +41,9 @@ impl Answer {
 pub(crate) trait Pages: Send + Sync + 'static {
     /// The page of a path.
     fn page(&self, path: &str) -> impl Future<Output = Answer> + Send;
+
+    /// Whether a page grows with the cluster: a few of those are made and held at once.
+    fn is_large(&self, path: &str) -> bool;
 }
 
 /// Where connections come from.
@@ -49,6 +56,7 @@ pub(crate) enum Listener {
 /// Serves until dropped; connections that are open then live on until their deadline.
 pub(crate) async fn serve(listener: Listener, pages: Arc<impl Pages>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let large = Arc::new(Semaphore::new(LARGE));
     loop {
         let accepted = match &listener {
             Listener::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
@@ -63,12 +71,12 @@ pub(crate) async fn serve(listener: Listener, pages: Arc<impl Pages>) {
             }
         };
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-        let pages = Arc::clone(&pages);
+        let (pages, large) = (Arc::clone(&pages), Arc::clone(&large));
         tokio::spawn(async move {
             let talk = async {
                 match stream {
-                    Stream::Tcp(stream) => connection(stream, &*pages).await,
-                    Stream::Unix(stream) => connection(stream, &*pages).await,
+                    Stream::Tcp(stream) => connection(stream, &*pages, &large).await,
+                    Stream::Unix(stream) => connection(stream, &*pages, &large).await,
                 }
             };
             // Whether the other side heard us out is its own business.
@@ -83,15 +91,37 @@ enum Stream {
     Unix(tokio::net::UnixStream),
 }
 
-async fn connection(mut stream: impl AsyncRead + AsyncWrite + Unpin, pages: &impl Pages) -> io::Result<()> {
+async fn connection(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    pages: &impl Pages,
+    large: &Semaphore,
+) -> io::Result<()> {
     let head = head(&mut stream).await?;
-    let (answer, body) = match head.as_deref().map(request) {
-        None => (Answer::text(431, "the request is too long"), true),
-        Some(Err(answer)) => (answer, true),
-        Some(Ok((path, body))) => (pages.page(path).await, body),
+    // A turn lasts until the page is sent: whoever reads slowly holds no more than that.
+    let (answer, body, _turn) = match head.as_deref().map(request) {
+        None => (Answer::text(431, "the request is too long"), true, None),
+        Some(Err(answer)) => (answer, true, None),
+        Some(Ok((path, body))) => {
+            let (answer, turn) = page(path, pages, large).await;
+            (answer, body, turn)
+        }
     };
-    stream.write_all(response(&answer, body).as_bytes()).await?;
+    stream.write_all(head_of(&answer).as_bytes()).await?;
+    if body {
+        stream.write_all(answer.body.as_bytes()).await?;
+    }
     stream.shutdown().await
+}
+
+/// The page, and the turn that it took.
+async fn page<'a>(path: &str, pages: &impl Pages, large: &'a Semaphore) -> (Answer, Option<SemaphorePermit<'a>>) {
+    if !pages.is_large(path) {
+        return (pages.page(path).await, None);
+    }
+    match tokio::time::timeout(TURN, large.acquire()).await {
+        Ok(Ok(turn)) => (pages.page(path).await, Some(turn)),
+        _ => (Answer::text(503, "too many ask for such a page at once: ask again"), None),
+    }
 }
 
 /// The request up to its empty line; `None` if it is too long.
@@ -131,7 +161,8 @@ fn request(head: &[u8]) -> Result<(&str, bool), Answer> {
     }
 }
 
-fn response(answer: &Answer, body: bool) -> String {
+/// What comes before the body.
+fn head_of(answer: &Answer) -> String {
     let reason = match answer.code {
         200 => "OK",
         400 => "Bad Request",
@@ -141,17 +172,22 @@ fn response(answer: &Answer, body: bool) -> String {
         503 => "Service Unavailable",
         _ => "Internal Server Error",
     };
-    let allow = if answer.code == 405 { "Allow: GET, HEAD\r\n" } else { "" };
-    let Answer { code, kind, body: text } = answer;
-    let head = format!(
-        "HTTP/1.1 {code} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{allow}Cache-Control: no-store\r\nConnection: close\r\n\r\n",
-        text.len()
-    );
-    if body { head + text } else { head }
+    let more = match answer.code {
+        405 => "Allow: GET, HEAD\r\n",
+        503 => "Retry-After: 1\r\n",
+        _ => "",
+    };
+    let Answer { code, kind, body } = answer;
+    format!(
+        "HTTP/1.1 {code} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{more}Cache-Control: no-store\r\nConnection: close\r\n\r\n",
+        body.len()
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use proptest::prelude::*;
 
     use super::*;
@@ -162,11 +198,35 @@ mod tests {
         async fn page(&self, path: &str) -> Answer {
             Answer::text(200, path)
         }
+
+        fn is_large(&self, _: &str) -> bool {
+            false
+        }
+    }
+
+    /// A page that counts who asks for it and is more than a connection takes at once, and others.
+    #[derive(Default)]
+    struct Counted(AtomicUsize);
+
+    const MORE: usize = 256 * 1024;
+
+    impl Pages for Counted {
+        async fn page(&self, path: &str) -> Answer {
+            if !self.is_large(path) {
+                return Answer::text(200, path);
+            }
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Answer::text(200, "x".repeat(MORE))
+        }
+
+        fn is_large(&self, path: &str) -> bool {
+            path == "/large"
+        }
     }
 
     async fn ask(request: &[u8]) -> String {
         let (mut ours, theirs) = tokio::io::duplex(64 * 1024);
-        let served = tokio::spawn(async move { connection(theirs, &Echo).await });
+        let served = tokio::spawn(async move { connection(theirs, &Echo, &Semaphore::new(0)).await });
         ours.write_all(request).await.unwrap();
         let mut answer = String::new();
         ours.read_to_string(&mut answer).await.unwrap();
@@ -229,6 +289,43 @@ mod tests {
         .await
         .expect("there is room again");
         serving.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_large_pages_a_few_are_held_at_once_and_the_others_wait_or_are_sent_away() {
+        let (pages, large) = (Arc::new(Counted::default()), Arc::new(Semaphore::new(LARGE)));
+        let ask = |path: &'static str| {
+            let (mut ours, theirs) = tokio::io::duplex(64 * 1024);
+            let (pages, large) = (Arc::clone(&pages), Arc::clone(&large));
+            tokio::spawn(async move { connection(theirs, &*pages, &large).await });
+            async move {
+                ours.write_all(format!("GET {path} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+                ours
+            }
+        };
+        let read = |mut stream: tokio::io::DuplexStream| async move {
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let mut slow = Vec::new();
+        for _ in 0..LARGE {
+            slow.push(ask("/large").await);
+        }
+        let waiting = [ask("/large").await, ask("/large").await].map(|stream| tokio::spawn(read(stream)));
+        assert!(read(ask("/small").await).await.ends_with("/small\n"), "others are served");
+        for refused in waiting {
+            let answer = refused.await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{answer}");
+            assert!(answer.contains("\r\nRetry-After: 1\r\n"), "{answer}");
+        }
+        assert_eq!(pages.0.load(Ordering::Relaxed), LARGE, "nobody was asked for what is not served");
+
+        // Whoever has been served makes room for one that waits.
+        let waits = tokio::spawn(read(ask("/large").await));
+        let served = read(slow.remove(0)).await;
+        assert!(served.len() > MORE && served.starts_with("HTTP/1.1 200 OK\r\n"), "{} bytes", served.len());
+        assert_eq!(waits.await.unwrap().len(), served.len());
     }
 
     proptest! {

@@ -69,6 +69,10 @@ impl Pages for Shared {
             _ => Answer::text(404, "there are /healthz, /readyz, /status, /peers and /metrics"),
         }
     }
+
+    fn is_large(&self, path: &str) -> bool {
+        matches!(path, "/peers" | "/metrics")
+    }
 }
 
 impl Shared {
@@ -82,7 +86,7 @@ impl Shared {
             version: env!("CARGO_PKG_VERSION"),
             started: self.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
             ready: self.not_ready().is_none(),
-            file_written: *self.file.borrow() == State::Written,
+            file_written: matches!(*self.file.borrow(), State::Written(_)),
             file_writes: self.writes.done.load(Ordering::Relaxed),
             file_failures: self.writes.failed.load(Ordering::Relaxed),
             ..Figures::default()

@@ -64,7 +64,7 @@ pub(crate) async fn run(options: Options) -> Result<ExitCode, Problem> {
         .map_err(|_| format!("there is nothing to plan with yet: {}", status.why_not_ready().unwrap_or_default()))??;
 
     // The device may not be there, so that nothing was programmed: the rest of the file is known all the same.
-    let text = subnet_file::text(&status, options.ip_masq);
+    let text = subnet_file::whole(&status, options.ip_masq).map(|said| said.to_string());
     let subnet_file = text.filter(|text| !subnet_file::says(&options.subnet_file, text));
     print(&options, &Answer { plan, subnet_file })?;
     Ok(ExitCode::SUCCESS)

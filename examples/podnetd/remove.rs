@@ -41,11 +41,9 @@ pub(crate) async fn run(options: Options, leave: bool) -> Result<ExitCode, Probl
     runner.abort();
     let report = report
         .map_err(|_| format!("not removed within the -timeout: {}", status.why_not_ready().unwrap_or_default()))??;
-    let file = match std::fs::remove_file(&options.subnet_file) {
-        Ok(()) => Some(Ok(())),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => Some(Err(error)),
-    };
+    // Where something is left, the next run may need it to know the network.
+    let removed = report.is_clean().then(|| std::fs::remove_file(&options.subnet_file));
+    let file = removed.filter(|removed| !matches!(removed, Err(error) if error.kind() == ErrorKind::NotFound));
     if options.json {
         anstream::println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

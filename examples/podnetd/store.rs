@@ -1,5 +1,6 @@
 //! Opens the store of leases that the flags name. Whatever a store needs of files (certificates) is read here.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use podnet::subnet::SubnetManager;
@@ -23,10 +24,7 @@ pub(crate) fn open(choice: &StoreChoice) -> Result<Arc<dyn SubnetManager>, Probl
         StoreChoice::File(path) => Ok(Arc::new(FileSubnets::shared(path))),
         StoreChoice::FileReadOnly(path) => Ok(Arc::new(FileSubnets::read_only(path))),
         StoreChoice::Etcd(flags) => {
-            let local = |endpoint: &str| {
-                ["http://127.", "http://localhost", "http://[::1]"].iter().any(|local| endpoint.starts_with(local))
-            };
-            let plain = flags.endpoints.iter().find(|endpoint| endpoint.starts_with("http://") && !local(endpoint));
+            let plain = flags.endpoints.iter().find(|endpoint| is_plain_and_far(endpoint));
             if let Some(endpoint) = plain {
                 tracing::warn!(
                     endpoint,
@@ -36,6 +34,18 @@ pub(crate) fn open(choice: &StoreChoice) -> Result<Arc<dyn SubnetManager>, Probl
             etcd(flags)
         }
     }
+}
+
+/// Whether an endpoint is spoken to without TLS and is not on this machine, by what it says: a name is not looked up.
+fn is_plain_and_far(endpoint: &str) -> bool {
+    let Some((scheme, rest)) = endpoint.split_once("://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
+    let host = match authority.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or(v6),
+        None => authority.split(':').next().unwrap_or(authority),
+    };
+    let here = host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+    scheme.eq_ignore_ascii_case("http") && !here
 }
 
 /// The same store once more, for a single question: what was worth a warning was said.
@@ -76,4 +86,28 @@ fn etcd(flags: &EtcdFlags) -> Result<Arc<dyn SubnetManager>, Problem> {
         options = options.user(user, password.into());
     }
     Ok(Arc::new(EtcdSubnets::new(options)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn etcd_without_tls_is_worth_a_warning_beyond_this_machine() {
+        for (endpoint, worth) in [
+            ("http://10.240.0.10:2379", true),
+            ("HTTP://etcd-0:2379", true),
+            ("http://[2001:db8::1]:2379", true),
+            ("http://localhost.example:2379", true),
+            ("http://127.example:2379", true),
+            ("http://127.0.0.1@10.240.0.10:2379", true),
+            ("http://127.0.0.1:2379", false),
+            ("http://127.1.2.3:4001/", false),
+            ("http://localhost:2379", false),
+            ("http://[::1]:2379", false),
+            ("https://10.240.0.10:2379", false),
+        ] {
+            assert_eq!(is_plain_and_far(endpoint), worth, "{endpoint}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
-//! Keeps `subnet.env` as it should be: written once this node is in the kernel, rewritten when the subnet or the MTU changes, and whenever
-//! the file is lost or says something else. It is replaced whole, so that nobody ever reads half of it, and never taken away: pods go on
-//! living when the daemon stops.
+//! Keeps `subnet.env` as it should be: a family is in it once it works on this node, a new subnet or MTU once that is in the kernel, and
+//! whatever was right last is written again whenever the file is lost or says something else. It is replaced whole, so that nobody ever
+//! reads half of it, and never taken away: pods go on living while the store is away, while something is repaired and when the daemon stops.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -11,9 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use podnet::flannel::subnet_env::SubnetEnv;
-use podnet::status::{Phase, Status};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use podnet::flannel::subnet_env::{Earlier, Pair, SubnetEnv};
+use podnet::status::{ConditionKind, ConditionState, Status};
+use podnet::types::{Family, Mtu, Stack};
 use tokio::sync::watch;
+
+use crate::node;
 
 /// How often the file is looked at without being told.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -26,8 +30,8 @@ const FOLDER_MODE: u32 = 0o755;
 pub(crate) enum State {
     /// What it should say is not known yet.
     Waiting,
-    /// It says what it should.
-    Written,
+    /// It says this.
+    Written(SubnetEnv),
     /// It could not be written.
     Failed(String),
 }
@@ -39,10 +43,37 @@ pub(crate) struct Writes {
     pub(crate) failed: AtomicU64,
 }
 
-/// What the file should say, as far as this node knows itself.
-pub(crate) fn text(status: &Status, ip_masq: bool) -> Option<String> {
+/// What the file says once all of this node's lease works.
+pub(crate) fn whole(status: &Status, ip_masq: bool) -> Option<SubnetEnv> {
     let ((networks, subnets), mtu) = status.networks.zip(status.subnets).zip(status.pod_mtu)?;
-    SubnetEnv::new(networks, subnets, mtu, ip_masq).map(|said| said.to_string())
+    SubnetEnv::new(networks, subnets, mtu, ip_masq)
+}
+
+/// What the file should say now; `None` where what it says already has to do. `said` is what it says of each family: a family that is in it
+/// and is not what it was for a while has pods that still run, and whoever reads meanwhile makes more of them.
+fn news(status: &Status, ip_masq: bool, said: Option<&Families>) -> Option<SubnetEnv> {
+    let whole = whole(status, ip_masq)?;
+    // Of a family that failed the kernel's condition tells, too, and the other does not wait for it.
+    let failed = status.families.iter().any(|of| of.state == ConditionState::Failed);
+    if status.condition(ConditionKind::Kernel).state != ConditionState::Met && !failed {
+        return None;
+    }
+    let [v4, v6] = Family::BOTH.map(|family| status.is_ready_in(family));
+    if !v4 && !v6 {
+        return None;
+    }
+    let v4 = whole.families.v4().filter(|pair| v4 || said.and_then(Stack::v4) == Some(pair));
+    let v6 = whole.families.v6().filter(|pair| v6 || said.and_then(Stack::v6) == Some(pair));
+    Some(SubnetEnv { families: Stack::from_halves(v4.copied(), v6.copied())?, ..whole })
+}
+
+type Families = Stack<Pair<Ipv4Network>, Pair<Ipv6Network>>;
+
+/// The families that the file of an earlier run says.
+fn earlier(path: &Path) -> Option<Families> {
+    let Earlier { networks, subnets } = node::earlier(path);
+    // What the rest says does not matter.
+    SubnetEnv::new(networks?, subnets?, Mtu::new(1500).ok()?, false).map(|said| said.families)
 }
 
 /// Keeps the file until the overlay ends. Dropping it leaves the file as it is, or as it should be.
@@ -53,18 +84,17 @@ pub(crate) async fn keep(
     state: watch::Sender<State>,
     writes: Arc<Writes>,
 ) {
-    let mut said: Option<String> = None;
+    let mut said: Option<SubnetEnv> = None;
+    let earlier = earlier(&path);
     loop {
-        // Who loses its lease for a while has pods that still run with what was said before.
         let news = {
-            let status = status.borrow_and_update();
-            // Pods that are made before this node is in the kernel would find no network.
-            text(&status, ip_masq).filter(|_| status.phase == Phase::Running)
+            let families = said.as_ref().map(|said| &said.families).or(earlier.as_ref());
+            news(&status.borrow_and_update(), ip_masq, families)
         };
         let changed = news.is_some() && news != said;
         said = news.or(said);
-        if let Some(text) = &said {
-            look_after(&path, text, changed, &state, &writes).await;
+        if let Some(said) = said {
+            look_after(&path, said, changed, &state, &writes).await;
         }
         tokio::select! {
             alive = status.changed() => if alive.is_err() { return },
@@ -73,12 +103,13 @@ pub(crate) async fn keep(
     }
 }
 
-async fn look_after(path: &Path, text: &str, changed: bool, state: &watch::Sender<State>, writes: &Writes) {
-    let (at, what) = (path.to_owned(), text.to_owned());
+async fn look_after(path: &Path, said: SubnetEnv, changed: bool, state: &watch::Sender<State>, writes: &Writes) {
+    let text = said.to_string();
+    let (at, what) = (path.to_owned(), text.clone());
     let done = tokio::task::spawn_blocking(move || ensure(&at, &what)).await;
     let done = done.unwrap_or_else(|_| Err(io::Error::other("the task that writes it was stopped")));
     let now = match done {
-        Ok(false) => State::Written,
+        Ok(false) => State::Written(said),
         Ok(true) => {
             writes.done.fetch_add(1, Ordering::Relaxed);
             if changed {
@@ -86,7 +117,7 @@ async fn look_after(path: &Path, text: &str, changed: bool, state: &watch::Sende
             } else {
                 tracing::warn!(path = %path.display(), "what CNI plugins read was lost or said something else: written again");
             }
-            State::Written
+            State::Written(said)
         }
         Err(error) => {
             writes.failed.fetch_add(1, Ordering::Relaxed);

@@ -13,6 +13,8 @@ use crate::daemon::Shared;
 const PERIOD: Duration = Duration::from_secs(5);
 /// How long systemd waits further for a daemon that is not ready: starting it anew would not bring the lease sooner.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// When it is told again that the daemon is ready, where it did not take that: its queue is full for a moment.
+const AGAIN: Duration = Duration::from_millis(250);
 
 /// The way to systemd.
 #[derive(Debug)]
@@ -38,17 +40,19 @@ impl Systemd {
         Systemd { socket, watchdog }
     }
 
-    fn say(&self, text: &str) {
-        if let Some(socket) = &self.socket
-            && let Err(error) = socket.send(text.as_bytes())
-        {
+    /// Whether it was taken.
+    fn say(&self, text: &str) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        let sent = socket.send(text.as_bytes());
+        if let Err(error) = &sent {
             tracing::debug!(%error, "systemd was not told: {text}");
         }
+        sent.is_ok()
     }
 
-    /// The daemon ends.
-    pub(crate) fn stopping(&self) {
-        self.say("STOPPING=1\nSTATUS=stopping; the network stays up");
+    /// The daemon ends. Whether it was taken.
+    pub(crate) fn stopping(&self) -> bool {
+        self.say("STOPPING=1\nSTATUS=stopping; the network stays up")
     }
 
     /// Tells it how things are until dropped. The watchdog hears from us only as long as the engine answers.
@@ -62,26 +66,23 @@ impl Systemd {
         loop {
             // Before the look: what changes after it ends the wait below.
             let changed = shared.changed();
-            match shared.not_ready() {
-                None if !told_ready => {
-                    told_ready = true;
-                    self.say(&format!("READY=1\nSTATUS={}", shared.summary()));
-                }
-                None => self.say(&format!("STATUS={}", shared.summary())),
-                Some(why) if told_ready => self.say(&format!("STATUS=not ready: {}", one_line(&why))),
-                Some(why) => {
-                    self.say(&format!(
-                        "EXTEND_TIMEOUT_USEC={}\nSTATUS=not ready: {}",
-                        PATIENCE.as_micros(),
-                        one_line(&why)
-                    ));
-                }
-            }
+            let why = shared.not_ready();
+            let first = match why {
+                _ if told_ready => String::new(),
+                None => "READY=1\n".to_owned(),
+                Some(_) => format!("EXTEND_TIMEOUT_USEC={}\n", PATIENCE.as_micros()),
+            };
+            let ready = why.is_none();
+            let state = why.map_or_else(|| shared.summary(), |why| format!("not ready: {}", one_line(&why)));
+            let said = self.say(&format!("{first}STATUS={state}"));
+            // Systemd waits for this one: it must not be lost.
+            told_ready |= ready && said;
+            let pause = if ready && !told_ready { AGAIN.min(period) } else { period };
             if self.watchdog.is_some() && answers(shared, period).await {
                 self.say("WATCHDOG=1");
             }
             tokio::select! {
-                () = tokio::time::sleep(period) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = changed, if !told_ready => {}
             }
         }

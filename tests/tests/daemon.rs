@@ -10,9 +10,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
+use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Family, Lab, LabSpec, Netns, Stack};
 use podnet_tests::real::etcd;
@@ -20,6 +21,8 @@ use podnet_tests::real::eye::Eye;
 use podnet_tests::real::flannel::{flannels_device, flannels_peer};
 use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, carry, eventually, pause, podnetd, said};
 use podnet_tests::real::{self, DEVICE, assert_same};
+use podnet_tests::skipping;
+use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 
 #[path = "tls/authority.rs"]
@@ -36,6 +39,10 @@ tests! {
     subnet_env_and_the_probes_say_the_truth_in_both_families,
     a_node_without_a_subnet_is_alive_and_not_ready_until_it_has_one,
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
+    readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes,
+    a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
+    a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env,
+    a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
     a_plan_touches_nothing_and_says_what_the_daemon_then_does,
     a_node_of_flannels_is_taken_over_with_its_device_and_its_subnet_env,
@@ -44,8 +51,11 @@ tests! {
     etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_say,
     the_device_the_address_and_the_rules_are_what_flannelds_flags_say,
     remove_leaves_nothing_with_the_store_and_without_it,
+    a_removal_that_left_something_keeps_the_file_by_which_the_next_knows_the_network,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
+    systemd_hears_that_it_is_ready_also_where_its_queue_was_full,
+    the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_before_it_is_waited_for,
 }
 
 fn main() -> ExitCode {
@@ -147,6 +157,14 @@ impl Stage {
         let mut command = podnetd();
         command.args(self.flags(index)).args(more);
         command
+    }
+
+    /// Runs iptables-nft on the first node.
+    fn iptables(&self, line: &str) {
+        let mut command = Command::new("/usr/sbin/iptables-nft");
+        command.args(line.split(' '));
+        let ended = self.netns(0).run(|| command.output()).unwrap().unwrap();
+        assert!(ended.status.success(), "{line}: {}", said(&ended));
     }
 
     /// Runs it to its end.
@@ -311,6 +329,140 @@ async fn killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_noth
     assert_same(&before, &eye.settled());
     assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written, "subnet.env stays, as it was");
     assert!(!stage.socket(0).exists());
+}
+
+async fn readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes() {
+    let stage = Stage::v4(1).await;
+    let node = &stage.lab.nodes()[0];
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    let metric = |name: &str| daemon.metric(name).unwrap_or_else(|| panic!("no {name}"));
+    let (rounds, took) = (metric("podnet_reconcile_seconds_count"), metric("podnet_reconcile_seconds_sum"));
+    assert!(rounds >= 1.0 && took > 0.0, "{rounds} in {took} s");
+    assert_eq!(metric("podnet_conflicts"), 0.0);
+
+    // Something of others is in the way of this node.
+    let in_the_way = "10.42.200.7/32".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("10.42.200.7"));
+    assert_eq!((metric("podnet_ready"), metric("podnet_conflicts")), (0.0, 1.0));
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    assert_eq!((metric("podnet_ready"), metric("podnet_conflicts")), (1.0, 0.0));
+    let (more, longer) = (metric("podnet_reconcile_seconds_count"), metric("podnet_reconcile_seconds_sum"));
+    assert!(more > rounds && longer > took, "{more} in {longer} s after {rounds} in {took} s");
+
+    // The store takes the subnet away.
+    stage.list(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("Lease: "));
+    stage.list(1);
+    daemon.until_ready();
+}
+
+async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays() {
+    let stage = Stage::of(1, LabSpec::usual_networks(Stack::Dual((), ()))).await;
+    let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
+    node.host().add_bridge("flannel-v6.1", None).await.unwrap();
+    let v4 = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.0.1/24\n";
+    let v6 = "FLANNEL_IPV6_NETWORK=2001:db8:42::/56\nFLANNEL_IPV6_SUBNET=2001:db8:42::1/64\n";
+    let rest = "FLANNEL_MTU=1390\nFLANNEL_IPMASQ=true\n";
+    let says = || fs::read_to_string(&file).unwrap_or_default();
+
+    let daemon = stage.start(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("flannel-v6.1"));
+    eventually("pods can have IPv4", || !says().is_empty());
+    assert_eq!(says(), format!("{v4}{rest}"));
+    node.host().delete_link("flannel-v6.1").await.unwrap();
+    daemon.until_ready();
+    let both = format!("{v4}{v6}{rest}");
+    assert_eq!(says(), both);
+
+    // What is repaired, or waits for the store, has its pods: the file is kept as it was, and made anew as it was.
+    let gone_and_back = |what: &str| {
+        assert_eq!(says(), both, "{what}");
+        fs::remove_file(&file).unwrap();
+        eventually(what, || says() == both);
+    };
+    let in_the_way = "2001:db8:42:99::7/128".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("2001:db8:42:99::7"));
+    gone_and_back("IPv6 is blocked");
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    stage.list(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("Lease: "));
+    gone_and_back("the lease is lost");
+
+    // A daemon that starts anew meanwhile knows no better.
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    stage.list(1);
+    assert_eq!(daemon.stop(), Some(0));
+    let daemon = stage.start(0);
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("2001:db8:42:99::7"));
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "met"
+    });
+    gone_and_back("IPv6 is blocked since the start");
+}
+
+async fn a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env() {
+    let stage = Stage::v4(1).await;
+    let (node, file) = (&stage.lab.nodes()[0], stage.subnet_file(0));
+    let daemon = stage.start(0);
+    daemon.until_ready();
+    let before = fs::read_to_string(&file).unwrap();
+    let in_the_way = "10.42.200.7/32".parse().unwrap();
+    node.host().add_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until("/readyz", |code, _| code == 503);
+
+    let gone_and_back = |what: &str| {
+        fs::remove_file(&file).unwrap();
+        eventually("it is there again", || file.exists());
+        assert_eq!(fs::read_to_string(&file).unwrap(), before, "{what}");
+    };
+    node.host().set_mtu(UNDERLAY_INTERFACE, 1400).await.unwrap();
+    daemon.until("/status", |_, body| body.contains(r#""pod_mtu": 1350"#));
+    gone_and_back("the device has the old MTU");
+    let leases = fs::read_to_string(stage.leases()).unwrap();
+    fs::write(stage.leases(), leases.replace("10.42.0.0/24", "10.42.5.0/24")).unwrap();
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "failed" && body.contains("10.42.5.0/24")
+    });
+    gone_and_back("pods of the new subnet would have no network");
+    node.host().delete_address(UNDERLAY_INTERFACE, in_the_way).await.unwrap();
+    daemon.until_ready();
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        before.replace("10.42.0.1/24", "10.42.5.1/24").replace("1410", "1350")
+    );
+}
+
+async fn a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "a_new_subnet_whose_firewall_rules_cannot_be_seen") else { return };
+    let (file, log) = (stage.subnet_file(0), stage.folder.path().join("0.log"));
+    let command = stage.command(0, &["--firewall=iptables"]);
+    let daemon = Daemon::start(stage.netns(0), command, &stage.socket(0), &log, || iptables.put_first());
+    daemon.until_ready();
+    let before = fs::read_to_string(&file).unwrap();
+
+    iptables.tell("blind", true);
+    stage.iptables("-A FORWARD -s 192.0.2.1 -j ACCEPT");
+    daemon.until("/readyz", |code, body| code == 503 && body.contains("not today"));
+    let leases = fs::read_to_string(stage.leases()).unwrap();
+    fs::write(stage.leases(), leases.replace("10.42.0.0/24", "10.42.5.0/24")).unwrap();
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "met" && body.contains("10.42.5.0/24")
+    });
+    fs::remove_file(&file).unwrap();
+    eventually("it is there again", || file.exists());
+    assert_eq!(fs::read_to_string(&file).unwrap(), before, "what pods of the new subnet send would not be masqueraded");
+    iptables.tell("blind", false);
+    daemon.until_ready();
+    assert_eq!(fs::read_to_string(&file).unwrap(), before.replace("10.42.0.1/24", "10.42.5.1/24"));
 }
 
 async fn fault_39_whatever_happens_to_subnet_env_it_comes_back_whole() {
@@ -503,6 +655,7 @@ async fn leases_in_etcd_are_taken_planned_with_and_given_back() {
     assert_eq!(said(&run(0, &["--plan"])), "Nothing to change.\n");
 
     let [daemon, _other] = daemons;
+    assert_eq!(daemon.log().matches("etcd without TLS").count(), 1, "etcd is on another machine:\n{}", daemon.log());
     assert_eq!(daemon.stop(), Some(0));
     assert_eq!(keys.list(subnets).await.len(), 2, "a stop gives nothing back");
     let left = run(0, &["--remove", "--leave"]);
@@ -734,6 +887,92 @@ async fn remove_leaves_nothing_with_the_store_and_without_it() {
     }
 }
 
+/// How long podnetd waits for its engine in the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// iptables' own programs, which hang, show nothing (`blind`) or change nothing (`refuse`) when told so. They are found in their place in a mount namespace alone.
+struct Iptables(PathBuf);
+
+impl Iptables {
+    /// `None` where there are none.
+    fn of(stage: &Stage, test: &str) -> Option<Iptables> {
+        if !Path::new("/usr/sbin/iptables-nft-restore").exists() || !Path::new("/usr/local/sbin").exists() {
+            skipping(test, "iptables-nft is not installed");
+            return None;
+        }
+        let programs = Iptables(stage.folder.path().join("programs"));
+        fs::create_dir(&programs.0).unwrap();
+        let file = |name| programs.0.join(name).display().to_string();
+        for name in ["iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"] {
+            let real = name.replace("tables-", "tables-nft-");
+            let (hang, asked) = (file("hang"), file("asked"));
+            let refuse = file(if name.ends_with("save") { "blind" } else { "refuse" });
+            let script = format!(
+                "#!/bin/sh\nwhile [ -e {hang} ]; do : > {asked}; sleep 0.02; done\n\
+                 case \"$*\" in *version) ;; *) if [ -e {refuse} ]; then echo 'not today' >&2; exit 4; fi;; esac\n\
+                 exec /usr/sbin/{real} \"$@\"\n"
+            );
+            let path = programs.0.join(name);
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        Some(programs)
+    }
+
+    /// What this thread starts from now on finds them.
+    fn put_first(&self) {
+        use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        mount_bind(&self.0, "/usr/local/sbin").unwrap();
+    }
+
+    fn tell(&self, what: &str, so: bool) {
+        match so {
+            true => fs::write(self.0.join(what), "").unwrap(),
+            false => fs::remove_file(self.0.join(what)).unwrap(),
+        }
+    }
+
+    fn hang(&self, so: bool) {
+        let _ = fs::remove_file(self.0.join("asked"));
+        self.tell("hang", so);
+    }
+
+    fn is_asked(&self) -> bool {
+        self.0.join("asked").exists()
+    }
+}
+
+async fn a_removal_that_left_something_keeps_the_file_by_which_the_next_knows_the_network() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "a_removal_that_left_something_keeps_the_file") else { return };
+    let run = |more: &[&str]| {
+        let mut command = stage.command(0, &[&["--firewall=iptables"], more].concat());
+        let ended = stage.netns(0).run(|| {
+            iptables.put_first();
+            command.output()
+        });
+        ended.unwrap().unwrap()
+    };
+    let daemon = stage.start_with(0, stage.command(0, &["--firewall=iptables"]));
+    daemon.until_ready();
+    assert_eq!(daemon.stop(), Some(0));
+    fs::remove_file(stage.leases()).unwrap();
+
+    iptables.tell("refuse", true);
+    let removed = run(&["--remove"]);
+    assert_eq!(removed.status.code(), Some(1), "{}", said(&removed));
+    assert!(said(&removed).contains("not today") && said(&removed).contains("something is left"), "{}", said(&removed));
+    assert!(stage.subnet_file(0).exists(), "without it and the store nobody knows what is podnet's");
+    iptables.tell("refuse", false);
+    let removed = run(&["--remove"]);
+    assert_eq!(removed.status.code(), Some(0), "{}", said(&removed));
+    assert!(!stage.subnet_file(0).exists());
+    let after = stage.eye(0).settled();
+    assert!(!after.has(&["podnet"]) && !after.has(&["flannel"]), "{after:?}");
+}
+
 async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
     let stage = Stage::v4(1).await;
     let wrong = stage.run(0, &["-ipmasq", "--kube-subnet-mgr", "--iface-regexp=x"]);
@@ -766,34 +1005,109 @@ async fn wrong_flags_and_a_second_daemon_are_refused_with_a_reason() {
     daemon.until_ready();
 }
 
+/// systemd's end of the socket.
+struct Systemd(UnixDatagram, PathBuf);
+
+impl Systemd {
+    fn on(stage: &Stage) -> Systemd {
+        let path = stage.folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Systemd(socket, path)
+    }
+
+    /// A daemon that must be heard of four times a second.
+    fn starts(&self, stage: &Stage, flags: &[&str]) -> Command {
+        let mut command = stage.command(0, flags);
+        command.env("NOTIFY_SOCKET", &self.1).env("WATCHDOG_USEC", "1000000");
+        command
+    }
+
+    fn next(&self) -> String {
+        let mut text = [0; 1024];
+        let length = self.0.recv(&mut text).expect("something is said");
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    }
+
+    /// Listens until something holds, so that the queue is not full then.
+    fn hear_until(&self, holds: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !holds() {
+            self.next();
+            assert!(begun.elapsed() < PATIENCE, "it does not come to be");
+        }
+    }
+
+    /// Listens until this is said; the whole of it.
+    fn hear(&self, wanted: &str) -> String {
+        let begun = Instant::now();
+        loop {
+            let said = self.next();
+            if said.contains(wanted) {
+                return said;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{said} and no {wanted}");
+        }
+    }
+}
+
 async fn systemd_is_told() {
     let stage = Stage::v4(1).await;
-    let path = stage.folder.path().join("notify");
-    let systemd = UnixDatagram::bind(&path).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
-    let hear = |wanted: &str| {
-        let mut heard = Vec::new();
-        loop {
-            let mut text = [0; 1024];
-            let length = systemd.recv(&mut text).unwrap_or_else(|e| panic!("{e}: {heard:?} and no {wanted}"));
-            heard.push(String::from_utf8_lossy(&text[..length]).into_owned());
-            if heard.last().unwrap().contains(wanted) {
-                return heard;
-            }
-        }
-    };
+    let systemd = Systemd::on(&stage);
     stage.list(0);
-    let mut command = stage.command(0, &[]);
-    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000");
-    let daemon = stage.start_with(0, command);
-    let heard = hear("STATUS=not ready: ");
-    assert!(heard.last().unwrap().starts_with("EXTEND_TIMEOUT_USEC="), "{heard:?}");
-    hear("has no subnet yet");
+    let daemon = stage.start_with(0, systemd.starts(&stage, &[]));
+    assert!(systemd.hear("STATUS=not ready: ").starts_with("EXTEND_TIMEOUT_USEC="));
+    systemd.hear("has no subnet yet");
     stage.list(1);
-    let heard = hear("READY=1\n");
-    assert!(heard.last().unwrap().contains("STATUS=ready; 0 of 0 peers connected"), "{heard:?}");
+    assert!(systemd.hear("READY=1\n").contains("STATUS=ready; 0 of 0 peers connected"));
     daemon.until_ready();
-    hear("WATCHDOG=1");
+    systemd.hear("WATCHDOG=1");
     assert_eq!(daemon.stop(), Some(0));
-    hear("STOPPING=1");
+    systemd.hear("STOPPING=1");
+}
+
+async fn systemd_hears_that_it_is_ready_also_where_its_queue_was_full() {
+    let stage = Stage::v4(1).await;
+    let systemd = Systemd::on(&stage);
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send_to(b"another service", &systemd.1).is_ok() {}
+    let daemon = stage.start_with(0, systemd.starts(&stage, &["-v=1"]));
+    eventually("it cannot say so", || daemon.log().contains("systemd was not told: READY=1"));
+    systemd.hear("READY=1\n");
+}
+
+async fn the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_before_it_is_waited_for() {
+    let stage = Stage::v4(1).await;
+    let Some(iptables) = Iptables::of(&stage, "the_watchdog_hears_of_no_engine_that_hangs") else { return };
+    let systemd = Systemd::on(&stage);
+    let log = stage.folder.path().join("0.log");
+    let command = systemd.starts(&stage, &["--firewall=iptables"]);
+    let daemon = Daemon::start(stage.netns(0), command, &stage.socket(0), &log, || iptables.put_first());
+    daemon.until_ready();
+    systemd.hear("WATCHDOG=1");
+
+    // The engine looks, and waits for a program that does not answer.
+    iptables.hang(true);
+    stage.iptables("-A FORWARD -s 192.0.2.1 -j ACCEPT");
+    systemd.hear_until(|| iptables.is_asked());
+    let (mut said, begun) = (0, Instant::now());
+    while said < 4 {
+        assert!(begun.elapsed() < PATIENCE, "the watchdog hears of an engine that hangs");
+        // What it had begun to say may still be in the queue.
+        let text = systemd.next();
+        said = if text == "WATCHDOG=1" { 0 } else { said + 1 };
+    }
+    iptables.hang(false);
+    systemd.hear("WATCHDOG=1");
+
+    iptables.hang(true);
+    stage.iptables("-A FORWARD -s 192.0.2.2 -j ACCEPT");
+    systemd.hear_until(|| iptables.is_asked());
+    kill_process(daemon.pid(), Signal::TERM).unwrap();
+    let begun = Instant::now();
+    systemd.hear("STOPPING=1");
+    assert!(begun.elapsed() < FAREWELL / 2, "an engine that hangs is waited for {FAREWELL:?}, after that is said");
+    iptables.hang(false);
+    assert_eq!(daemon.stop(), Some(0));
 }
