@@ -16,11 +16,15 @@ use podnet::flannel::subnet_env::{Earlier, Pair, SubnetEnv};
 use podnet::status::{ConditionKind, ConditionState, Status};
 use podnet::types::{Family, Mtu, Stack};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::node;
 
 /// How often the file is looked at without being told.
 const PERIOD: Duration = Duration::from_secs(1);
+/// How long the first file waits for a family that does not work yet: an IPv6 address comes seconds after the IPv4 one, and pods that are
+/// made in between would be without it for ever.
+const LATE: Duration = Duration::from_secs(10);
 /// What CNI plugins of any user may do.
 const MODE: u32 = 0o644;
 const FOLDER_MODE: u32 = 0o755;
@@ -86,10 +90,14 @@ pub(crate) async fn keep(
 ) {
     let mut said: Option<SubnetEnv> = None;
     let earlier = earlier(&path);
+    let mut waits: Option<Instant> = None;
     loop {
         let news = {
             let families = said.as_ref().map(|said| &said.families).or(earlier.as_ref());
-            news(&status.borrow_and_update(), ip_masq, families)
+            let status = status.borrow_and_update();
+            let news = news(&status, ip_masq, families);
+            let complete = news == whole(&status, ip_masq);
+            news.filter(|_| said.is_some() || complete || waits.get_or_insert_with(Instant::now).elapsed() >= LATE)
         };
         let changed = news.is_some() && news != said;
         said = news.or(said);

@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{Child, Command, ExitCode, Output, Stdio};
@@ -113,6 +114,7 @@ impl Daemon {
 
     fn ask(&self, method: &str, page: &str) -> Option<String> {
         let mut stream = UnixStream::connect(&self.socket).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
         write!(stream, "{method} {page} HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
@@ -171,6 +173,8 @@ impl Daemon {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().expect("our own child") {
+                // A very young one does not listen to signals yet.
+                assert!(matches!(status.signal(), None | Some(15)), "{status}; the log:\n{}", self.log());
                 return status.code();
             }
             assert!(begun.elapsed() < PATIENCE, "it does not stop; the log:\n{}", self.log());

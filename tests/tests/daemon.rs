@@ -41,6 +41,7 @@ tests! {
     killed_or_stopped_it_leaves_the_network_and_the_next_start_changes_nothing,
     readyz_says_no_whenever_pods_cannot_talk_however_often_it_said_yes,
     a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_then_stays,
+    a_family_that_comes_a_moment_later_is_in_the_first_subnet_env,
     a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env,
     a_new_subnet_whose_firewall_rules_cannot_be_seen_is_not_in_subnet_env,
     fault_39_whatever_happens_to_subnet_env_it_comes_back_whole,
@@ -404,6 +405,29 @@ async fn a_family_that_does_not_stand_comes_into_subnet_env_when_it_does_and_the
         status["families"][0]["state"] == "met"
     });
     gone_and_back("IPv6 is blocked since the start");
+}
+
+async fn a_family_that_comes_a_moment_later_is_in_the_first_subnet_env() {
+    let stage = Stage::of(1, LabSpec::usual_networks(Stack::Dual((), ()))).await;
+    let node = &stage.lab.nodes()[0];
+    let address = node
+        .host()
+        .addresses(UNDERLAY_INTERFACE)
+        .await
+        .unwrap()
+        .into_iter()
+        .find(|a| a.to_string().starts_with("2001:"))
+        .unwrap();
+    node.host().delete_address(UNDERLAY_INTERFACE, address).await.unwrap();
+    let daemon = stage.start(0);
+    daemon.until("/status", |_, body| {
+        let status: serde_json::Value = serde_json::from_str(body).unwrap();
+        status["families"][0]["state"] == "met"
+    });
+    assert!(!stage.subnet_file(0).exists(), "pods that are made now would never have IPv6");
+    node.host().add_address(UNDERLAY_INTERFACE, address).await.unwrap();
+    daemon.until_ready();
+    assert_eq!(daemon.metric("podnet_subnet_file_writes_total"), Some(1.0));
 }
 
 async fn a_new_subnet_or_mtu_that_is_not_in_the_kernel_is_not_in_subnet_env() {
