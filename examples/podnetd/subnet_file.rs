@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use podnet::flannel::subnet_env::{Earlier, Pair, SubnetEnv};
-use podnet::status::{ConditionKind, ConditionState, Status};
+use podnet::status::{ConditionKind, ConditionState, FamilyStatus, Status};
 use podnet::types::{Family, Mtu, Stack};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -57,9 +57,10 @@ pub(crate) fn whole(status: &Status, ip_masq: bool) -> Option<SubnetEnv> {
 /// and is not what it was for a while has pods that still run, and whoever reads meanwhile makes more of them.
 fn news(status: &Status, ip_masq: bool, said: Option<&Families>) -> Option<SubnetEnv> {
     let whole = whole(status, ip_masq)?;
-    // Of a family that failed the kernel's condition tells, too, and the other does not wait for it.
-    let failed = status.families.iter().any(|of| of.state == ConditionState::Failed);
-    if status.condition(ConditionKind::Kernel).state != ConditionState::Met && !failed {
+    // Where all that is wrong with the kernel is a family that failed, the other does not wait for it.
+    let kernel = status.condition(ConditionKind::Kernel);
+    let failed = |of: &FamilyStatus| of.state == ConditionState::Failed && kernel.message.contains(&of.message);
+    if kernel.state != ConditionState::Met && !status.families.iter().any(failed) {
         return None;
     }
     let [v4, v6] = Family::BOTH.map(|family| status.is_ready_in(family));
@@ -97,6 +98,7 @@ pub(crate) async fn keep(
             let status = status.borrow_and_update();
             let news = news(&status, ip_masq, families);
             let complete = news == whole(&status, ip_masq);
+            waits = waits.filter(|_| news.is_some());
             news.filter(|_| said.is_some() || complete || waits.get_or_insert_with(Instant::now).elapsed() >= LATE)
         };
         let changed = news.is_some() && news != said;

@@ -187,6 +187,7 @@ impl Engine {
         self.look_now().await?;
         let mut plan = diff(&self.desired, &self.picture, if self.whole { Prune::Yes } else { Prune::No });
         self.leave_blocked(&mut plan);
+        self.leave_on_conflicts(&mut plan);
         // A question changes nothing, and hides nothing: what it found is looked at again, and repaired, right after.
         self.compare = due;
         self.check_at = check_at;

@@ -315,12 +315,12 @@ impl Engine {
     /// configuration left must not carry it in plain text. No lease can want any of that, so that none is waited for. Nor does the
     /// seal among the firewall rules need more than this node's own lease.
     async fn stand_guard(&mut self) {
-        let Some(scope) = &self.scope else { return };
-        if self.host.is_none() || self.unseen.contains_key(&Domain::Netlink) {
+        let (Some(scope), Some(host)) = (&self.scope, &self.host) else { return };
+        if self.unseen.contains_key(&Domain::Netlink) {
             return;
         }
         let now = self.settings.clock.now();
-        let stale = wish::stale(scope, &self.picture);
+        let stale = wish::stale(scope, host, &self.picture);
         let rules = self.view.is_some().then_some(Unit::Firewall as fn(Family) -> Unit);
         let guards = [Some(Unit::Guard as fn(Family) -> Unit), rules].into_iter().flatten();
         let guards: Vec<(Unit, Vec<Object>)> =
@@ -393,11 +393,12 @@ impl Engine {
         }
     }
 
-    /// Looks at the domains that may have moved. The picture of a domain moves as a whole or not at all.
+    /// Looks at the domains that may have moved. The picture of a domain moves as a whole or not at all, but for what a driver names as a
+    /// conflict because it could not read it.
     async fn look(&mut self) {
         let Some(scope) = self.scope.clone() else { return };
-        // What was spent waiting for somebody who does not answer is no work.
-        let mut took = Duration::ZERO;
+        // Looks that failed are rested from, and put no check off; what was spent waiting for somebody who does not answer is no work.
+        let (mut took, mut in_vain) = (Duration::ZERO, Duration::ZERO);
         let whole = self.drivers.iter().all(|d| self.stale.contains(&d.domain()));
         let mut looked_again = false;
         for driver in self.drivers.clone() {
@@ -408,10 +409,12 @@ impl Engine {
             looked_again |= self.unseen.contains_key(&domain) || self.unread.contains(&domain);
             self.unread.remove(&domain);
             let begun = self.settings.clock.now();
-            match driver.observe(&scope).await {
+            let outcome = driver.observe(&scope).await;
+            let spent = self.settings.clock.now().saturating_sub(begun);
+            match outcome {
                 Ok(observed) => {
                     match observed.unread {
-                        None => took += self.settings.clock.now().saturating_sub(begun),
+                        None => took += spent,
                         Some(_) => drop(self.unread.insert(domain.clone())),
                     }
                     self.stale.remove(&domain);
@@ -423,6 +426,7 @@ impl Engine {
                     }
                 }
                 Err(error) => {
+                    in_vain += spent;
                     self.stale.remove(&domain);
                     if self.unseen.get(&domain) != Some(&error) {
                         tracing::warn!(%error, %domain, "the kernel could not be read; it is tried again");
@@ -433,7 +437,7 @@ impl Engine {
         }
         let now = self.settings.clock.now();
         self.counters.last_check = took;
-        self.look_at = now + took * HINT_REST;
+        self.look_at = now + (took + in_vain) * HINT_REST;
         // A look at some domains is no check of the others.
         if whole {
             self.counters.checks += 1;
@@ -749,6 +753,7 @@ impl Engine {
         if !forced {
             plan.units.retain(|u| self.failures.get(&u.unit).is_none_or(|f| now >= f.retry_at));
         }
+        self.leave_on_conflicts(&mut plan);
         self.leave_groundless(&mut plan);
         if !plan.is_empty() && !news && self.failures.is_empty() {
             let steps = plan.steps().count();
@@ -825,19 +830,36 @@ impl Engine {
         }
     }
 
-    /// Takes out of a plan the peers of a family whose device waits for its next try, or is not to be touched: one trouble, not one
-    /// a peer.
+    /// Takes out of a plan the peers of a family whose device is still waiting for its next try: one trouble, not one a peer.
     fn leave_groundless(&self, plan: &mut Plan) {
         let waiting: Vec<Family> = Family::BOTH
             .into_iter()
             .filter(|family| {
                 let ground = Unit::Node(*family);
-                let mut devices = self.desired.unit(&ground).iter().filter(|object| object.makes().is_some());
-                devices.any(|device| self.conflicts.contains_key(&device.key()))
-                    || (self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground))
+                self.failures.contains_key(&ground) && !plan.units.iter().any(|u| u.unit == ground)
             })
             .collect();
         plan.units.retain(|u| !matches!(&u.unit, Unit::Peer(_, family) if waiting.contains(family)));
+    }
+
+    /// Takes out of a plan what peers need of a backend's own driver whose device is somebody else's, or does not answer: it would be on that.
+    fn leave_on_conflicts(&self, plan: &mut Plan) {
+        let in_the_way =
+            |key: &Key| self.conflicts.contains_key(key) || plan.conflicts.iter().any(|c| c.object == *key);
+        let mut taken: Vec<(Family, Domain)> = Vec::new();
+        for family in Family::BOTH {
+            let objects = self.desired.unit(&Unit::Node(family)).iter();
+            let devices = objects.filter(|object| object.makes().is_some()).map(Object::key).filter(in_the_way);
+            let own = devices.map(|key| key.domain()).filter(|domain| matches!(domain, Domain::Custom(_)));
+            taken.extend(own.map(|domain| (family, domain)));
+        }
+        plan.units.retain(|u| match &u.unit {
+            Unit::Peer(_, family) => !u
+                .steps
+                .iter()
+                .any(|step| taken.iter().any(|(of, domain)| of == family && step.key().domain() == *domain)),
+            _ => true,
+        });
     }
 
     async fn apply(&mut self, plan: Plan) -> Report {

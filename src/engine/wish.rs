@@ -375,29 +375,33 @@ const GUARD_METRIC: u32 = 0x7064_0000;
 /// What keeps pod packets from following the default route, for each cluster network that the host does not use itself.
 pub(super) fn guards(scope: &Scope, host: &HostView) -> Vec<(Unit, Vec<Object>)> {
     let networks = scope.networks.families().filter_map(|family| Some((family, of(&scope.networks, family)?)));
-    let used = |network: IpNetwork| {
-        let holds = |r: &HostRoute| r.destination.prefix() <= network.prefix() && r.destination.contains(network.ip());
-        // By a device, as `underlay::collisions` has it: a route of several ways, or a blackhole, is no network of the host's.
-        let connected = |r: &HostRoute| r.device.is_some() && r.gateway.is_none() && r.destination.prefix() > 0;
-        host.routes.iter().any(|r| connected(r) && holds(r))
-    };
     networks
         .map(|(family, network)| {
             let guard = Route { destination: network, metric: GUARD_METRIC, next: NextHop::Blackhole };
-            let wanted = (!used(network)).then_some(Object::Route(guard));
+            let wanted = (!is_used(host, network)).then_some(Object::Route(guard));
             (Unit::Guard(family), wanted.into_iter().collect())
         })
         .collect()
 }
 
+/// Whether the host uses a cluster network itself: that family is left alone.
+fn is_used(host: &HostView, network: IpNetwork) -> bool {
+    let holds = |r: &HostRoute| r.destination.prefix() <= network.prefix() && r.destination.contains(network.ip());
+    // By a device, as `underlay::collisions` has it: a route of several ways, or a blackhole, is no network of the host's.
+    let connected = |r: &HostRoute| r.device.is_some() && r.gateway.is_none() && r.destination.prefix() > 0;
+    host.routes.iter().any(|r| connected(r) && holds(r))
+}
+
 /// What of an earlier configuration, or of flannel's, would carry pod packets in plain text: VXLAN devices that no backend here
 /// has, and routes to pods over anything but a device that a backend's own driver makes.
-pub(super) fn stale(scope: &Scope, picture: &Picture) -> Vec<UnitPlan> {
+pub(super) fn stale(scope: &Scope, host: &HostView, picture: &Picture) -> Vec<UnitPlan> {
+    let alone = |network: IpNetwork| of(&scope.networks, Family::of(network.ip())).is_some_and(|n| is_used(host, n));
     let plain = |object: &Object| match object {
         Object::Link(link) => !scope.devices.contains(&link.name),
         Object::Route(Route { destination, next, .. }) => {
             let device = next.device();
             scope.holds(*destination)
+                && !alone(*destination)
                 && device.is_some_and(|device| !scope.served.contains(device) && !scope.devices.contains(device))
         }
         _ => false,

@@ -74,7 +74,8 @@ pub trait SubnetManager: Debug + Send + Sync + 'static {
     /// [`SubnetError::NotHeld`] makes the engine give the lease up and acquire again; all others are tried again.
     async fn publish(&self, node: &NodeName, offers: &[Offer]) -> Result<OwnedLease, SubnetError>;
 
-    /// Extends the lease by its full term. For a lease without a term this only checks that it is still held. Cancel safe.
+    /// Extends the lease by its full term. For a lease without a term this only checks that it is still held. No
+    /// `Own(Changed)` follows from it: the engine answers that with a renewal. Cancel safe.
     async fn renew(&self, node: &NodeName) -> Result<OwnedLease, SubnetError>;
 
     /// Gives the lease back; where subnets are assigned, the assignment stays, and what is given back is how the node is

@@ -199,10 +199,9 @@ impl Eye {
     /// so it is read a few times.
     pub fn overruns(&self) -> HashMap<String, u64> {
         const LOOKS: usize = 3;
-        let read = || std::fs::read_to_string("/proc/thread-self/net/netlink");
         let mut overruns = HashMap::new();
         for _ in 0..LOOKS {
-            let table = self.netns.run(read).expect("the namespace").expect("/proc/net/netlink");
+            let table = self.listeners();
             // sk, Eth, Pid, Groups, Rmem, Wmem, Dump, Locks, Drops, Inode.
             let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
             for fields in lines.filter(|fields| fields[1] == "0" && fields[3] != "00000000") {
@@ -212,6 +211,12 @@ impl Eye {
             }
         }
         overruns
+    }
+
+    /// The kernel's table of netlink sockets.
+    pub fn listeners(&self) -> String {
+        let read = || std::fs::read_to_string("/proc/thread-self/net/netlink");
+        self.netns.run(read).expect("the namespace").expect("/proc/net/netlink")
     }
 
     /// Whether any listener lost events since.

@@ -224,7 +224,14 @@ async fn a_cluster_network_that_the_host_uses_itself_gets_no_blackhole() {
     kernel.link_add(&dev("lan0"), "", 1500).unwrap();
     kernel.link_up(&dev("lan0")).unwrap();
     kernel.addr_add(&dev("lan0"), "10.42.0.9/15".parse().unwrap()).unwrap();
+    let via = NextHop::Gateway { device: dev("eth0"), address: "10.240.0.9".parse().unwrap(), onlink: false };
+    kernel.ip_route_add(KernelRoute::boot("10.42.7.0/24".parse().unwrap(), via)).unwrap();
     let running = spawn(sealed(&kernel, &subnets)).await;
     running.until(|s| !s.conflicts.is_empty()).await;
     assert!(!kernel.dump().contains("blackhole"), "{}", kernel.dump());
+    assert!(
+        kernel.dump().contains("route 10.42.7.0/24 via 10.240.0.9"),
+        "a family that is left alone: {}",
+        kernel.dump()
+    );
 }

@@ -391,11 +391,12 @@ async fn a_question_that_is_never_answered_is_asked_again_and_its_trouble_ends_w
     assert!(!status.to_string().contains("trouble"), "{status}");
 }
 
-/// A driver that can read only a part of its domain, and waits for the rest.
+/// A driver that waits, and then can read only a part of its domain, or nothing.
 #[derive(Debug)]
 struct Waiting {
     inner: Arc<dyn Driver>,
     looks: Arc<AtomicUsize>,
+    in_vain: bool,
 }
 
 #[async_trait]
@@ -407,6 +408,9 @@ impl Driver for Waiting {
         self.looks.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_secs(3)).await;
         let unread = DriverError::Io { attempted: "read the rest".into(), reason: "no answer".into() };
+        if self.in_vain {
+            return Err(unread);
+        }
         Ok(Observed { unread: Some(unread), ..self.inner.observe(scope).await? })
     }
     async fn apply(&self, units: &[UnitPlan]) -> Vec<UnitResult> {
@@ -421,7 +425,7 @@ impl Driver for Waiting {
 async fn what_cannot_be_read_is_looked_at_again_soon_and_waiting_for_it_puts_no_check_off() {
     let (kernel, subnets, looks) = (host(), store(), Arc::new(AtomicUsize::new(0)));
     subnets.faults().inject(peer(1));
-    let firewall = Waiting { inner: kernel.firewall(), looks: Arc::clone(&looks) };
+    let firewall = Waiting { inner: kernel.firewall(), looks: Arc::clone(&looks), in_vain: false };
     let node = Node::builder("me", subnets.clone()).backend(Vxlan::new());
     let running = spawn(node.driver(kernel.sysctl()).driver(kernel.netlink()).driver(firewall)).await;
     running.until(|s| s.is_ready() && s.peers.connected == 1).await;
@@ -432,6 +436,22 @@ async fn what_cannot_be_read_is_looked_at_again_soon_and_waiting_for_it_puts_no_
     kernel.flush_routes(&dev("flannel.1"));
     let took = eventually("the check found it", || kernel.dump().contains("10.42.1.0/24 via")).await;
     assert!(took < Duration::from_secs(20), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn looks_that_fail_are_rested_from_however_many_hints_come() {
+    let (kernel, subnets, looks) = (host(), store(), Arc::new(AtomicUsize::new(0)));
+    let firewall = Waiting { inner: kernel.firewall(), looks: Arc::clone(&looks), in_vain: true };
+    let node = Node::builder("me", subnets.clone()).backend(Vxlan::new());
+    let running = spawn(node.driver(kernel.sysctl()).driver(kernel.netlink()).driver(firewall)).await;
+    running.until(|s| s.condition(ConditionKind::Kernel).message.contains("no answer")).await;
+    let before = looks.load(Ordering::Relaxed);
+    for _ in 0..1000 {
+        kernel.faults().overrun();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let looks = looks.load(Ordering::Relaxed) - before;
+    assert!((6..=10).contains(&looks), "{looks} looks of three seconds in 100 s, with three times that between two");
 }
 
 #[tokio::test(start_paused = true)]

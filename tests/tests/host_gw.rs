@@ -207,3 +207,18 @@ async fn fault_19_what_flannels_vxlan_left_gives_way_to_host_gw() {
     eventually("flannel's device is gone", || !kernel.dump().contains("flannel.1")).await;
     assert_eq!(ours(&kernel), ["route 10.42.1.0/24 via 10.240.0.101 dev eth0 proto 112"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn invariant_05_a_device_that_is_in_the_way_keeps_no_peer_out_that_does_not_need_it() {
+    let (kernel, subnets) = (host(), store());
+    kernel.link_add(&dev("flannel.1"), "bridge", 1500).unwrap();
+    subnets.faults().inject(peer("vxlan", 1, NEAR));
+    subnets.faults().inject(peer("vxlan", 4, FAR));
+    let running = spawn(builder(&kernel, &subnets, Vxlan::new().direct_routing(true))).await;
+    let status = running.until(|s| !s.conflicts.is_empty()).await;
+    assert!(!status.is_ready(), "{status}");
+    eventually("the near one is reached", || {
+        ours(&kernel) == ["route 10.42.1.0/24 via 10.240.0.101 dev eth0 proto 112"]
+    })
+    .await;
+}

@@ -52,8 +52,12 @@ async fn fault_29_what_was_undone_while_events_were_lost_is_back_within_a_second
     for round in 1..=2 {
         let (before, steps) = (eye.overruns(), running.steps());
         let storm = Storm::on(host.netns(), bridge);
-        storm.blow(20_000);
-        assert!(eye.overrun_since(&before), "round {round}: nothing was lost; {before:?}, then {:?}", eye.overruns());
+        // Seen once in some hundred: a storm of which all was counted as heard.
+        let lost = (0..5).any(|_| {
+            storm.blow(20_000);
+            eye.overrun_since(&before)
+        });
+        assert!(lost, "round {round}: nothing was lost since {before:?}:\n{}", eye.listeners());
         while_podnet_sleeps(host.netns(), |host| async move {
             delete_peer_9(&host).await;
             host.set_down(DEVICE).await.unwrap();

@@ -211,8 +211,7 @@ impl Driver for WireGuardDriver {
 const ADVICE: &str = "it is not a WireGuard device with the alias podnet: delete or rename it, or allow what flannel left to be taken \
                       over if it is that";
 
-const UNREADABLE: &str =
-    "its peers stay as they are meanwhile: restart its daemon, or delete the device, which is then made anew";
+const UNREADABLE: &str = "its peers stay as they are meanwhile: if it does not come back by itself, end its daemon: the device is then made anew";
 
 /// Whose a device is; `None` for somebody else's. flannel's bears its name and no mark.
 fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
@@ -305,7 +304,12 @@ fn apply(devices: &dyn WireGuardDevices, memory: &mut Memory, units: &[UnitPlan]
             batch.push(part);
         }
     }
-    together(devices, memory, &mut batch);
+    // One device after the other: what is wrong with one keeps nothing off the other.
+    let mut devices_of: BTreeMap<Option<DeviceName>, Vec<Part<'_>>> = BTreeMap::new();
+    for part in batch {
+        devices_of.entry(part.steps.first().map(|step| step.item.device().clone())).or_default().push(part);
+    }
+    devices_of.values_mut().for_each(|parts| together(devices, memory, parts));
     results
 }
 
@@ -449,9 +453,9 @@ struct Work {
 }
 
 impl Work {
-    fn on(devices: &dyn WireGuardDevices, name: &DeviceName) -> Result<Option<Work>, DriverError> {
+    fn on(devices: &dyn WireGuardDevices, memory: &mut Memory, name: &DeviceName) -> Result<Option<Work>, DriverError> {
         let Some(link) = devices.find(name)?.filter(Link::is_ours) else { return Ok(None) };
-        let is = devices.read(&link)?;
+        let is = memory.read(devices, name, &link)?;
         let subnets = is.peers.iter().flat_map(|(key, peer)| peer.allowed.iter().map(|subnet| (*subnet, *key)));
         Ok(Some(Work { link, to: is.clone(), owners: subnets.collect(), is, losers: BTreeSet::new() }))
     }
@@ -497,9 +501,9 @@ fn change_peers<'a>(
     let mut works: BTreeMap<DeviceName, Option<Work>> = BTreeMap::new();
     let mut after = memory.clone();
     for step in steps {
-        let (Item::Peer(device, ..) | Item::Idle(device, _) | Item::Device(device, _)) = &step.item;
+        let device = step.item.device();
         if !works.contains_key(device) {
-            works.insert(device.clone(), Work::on(devices, device).map_err(Trouble::OfDevice)?);
+            works.insert(device.clone(), Work::on(devices, memory, device).map_err(Trouble::OfDevice)?);
         }
         match (works.get_mut(device).and_then(Option::as_mut), &step.item) {
             (Some(work), Item::Peer(_, subnet, peer)) if !step.delete => work.give(&mut after, device, *subnet, peer),
@@ -532,6 +536,7 @@ fn change_peers<'a>(
             })?;
         }
     }
+    after.silent = std::mem::take(&mut memory.silent);
     *memory = after;
     Ok(())
 }

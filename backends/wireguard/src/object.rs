@@ -81,6 +81,12 @@ const PEER: &str = "peer ";
 const IDLE: &str = "idle peer ";
 
 impl Item {
+    /// The device that it is, or is on.
+    pub(crate) fn device(&self) -> &DeviceName {
+        let (Item::Device(device, _) | Item::Peer(device, ..) | Item::Idle(device, _)) = self;
+        device
+    }
+
     /// As an object of podnet's plan.
     pub(crate) fn object(&self) -> Object {
         let (name, spec) = match self {

@@ -52,8 +52,8 @@ impl System {
                 attempted: attempted(),
                 with: format!("a WireGuard daemon behind {}", uapi::socket(name.as_str()).display()),
                 advice:
-                    "its device is in another network namespace, and such names are one space for all: stop it, or \
-                         choose another device name"
+                    "its device is in another network namespace (such names are one space for all), or was deleted while it \
+                         stood still: end it, or choose another device name"
                         .to_owned(),
             });
         }

@@ -258,7 +258,7 @@ impl Etcd {
         })
     }
 
-    /// Ends an etcd lease. Only for one that no key of anyone's is attached to.
+    /// Ends an etcd lease, and with it any key that is attached to it. Only for one that nobody has been told of.
     pub(super) async fn revoke(&self, id: i64) -> Result<(), SubnetError> {
         let revoke = |client: Client| async move { client.lease_client().revoke(id).await.map(drop) };
         self.call("revoke an etcd lease", |client| without_lease(revoke(client))).await.map(drop)

@@ -336,10 +336,10 @@ impl Inner {
         Ok(Granted { id, expires: asked.checked_add(term) })
     }
 
-    /// An etcd lease that nothing hangs on. It would end by itself.
+    /// An etcd lease that nobody has been told of. It would end by itself.
     async fn give_up(&self, id: i64) {
         if let Err(error) = self.etcd.revoke(id).await {
-            tracing::debug!(%error, "an etcd lease without a key is left to end");
+            tracing::debug!(%error, "an etcd lease that is not used is left to end");
         }
     }
 }

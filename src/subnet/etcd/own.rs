@@ -279,3 +279,34 @@ impl Drop for Intent<'_> {
         self.owners.changed.send_replace(());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_value_at_the_revision_that_ours_had_is_another_history() {
+        let (owners, node): (_, NodeName) = (Owners::new(), "me".parse().unwrap());
+        let underlay = Stack::V4(Ipv4Addr::new(10, 240, 0, 1));
+        let text = Value::encode(&underlay, &[]).unwrap();
+        let held = Held {
+            key: "/p/subnets/10.42.1.0-24".to_owned(),
+            subnets: Stack::V4("10.42.1.0/24".parse().unwrap()),
+            underlay,
+            offers: Vec::new(),
+            text: text.clone(),
+            create_revision: 7,
+            mod_revision: 7,
+            lease: 1,
+            expires: None,
+        };
+        let listing = |value: &str| {
+            let (key, value) = (held.key.clone(), value.as_bytes().to_vec());
+            Listing { revision: 7, kvs: vec![Kv { key, value, create_revision: 7, mod_revision: 7, lease: 1 }] }
+        };
+        owners.hold(&node, held.clone());
+        assert_eq!(owners.see_all(&node, &listing(&text), false), None);
+        let theirs = listing(r#"{"PublicIP":"10.240.0.66"}"#);
+        assert!(matches!(owners.see_all(&node, &theirs, false), Some(OwnLease::Lost(_))));
+    }
+}

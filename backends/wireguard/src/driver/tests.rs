@@ -509,6 +509,23 @@ fn a_daemon_that_does_not_answer_a_change_is_one_trouble_and_not_asked_in_halves
 }
 
 #[test]
+fn in_one_batch_a_device_that_does_not_answer_fails_its_own_peers_alone() {
+    let fake = Fake::new(key(0));
+    let mut rig = Rig::new(&fake, key(0), "flannel-wg", 51_820);
+    let mut other = Rig::new(&fake, key(0), "flannel-wg-v6", 51_821);
+    let mut units = Vec::new();
+    for rig in [&mut rig, &mut other] {
+        rig.converge();
+        (1..=3).for_each(|n| rig.want(n, subnet(n), Some(peer(n))));
+        units.extend(rig.plan(Prune::No).units);
+    }
+    fake.world().silent.insert("flannel-wg".to_owned(), Duration::ZERO);
+    let failed = apply(&fake, &mut rig.memory, &units).into_iter().map(|result| result.failed.is_some());
+    assert_eq!(failed.collect::<Vec<_>>(), [true, true, true, false, false, false]);
+    assert_eq!(other.state().peers.len(), 3);
+}
+
+#[test]
 fn what_flannel_left_and_nobody_wants_goes() {
     let fake = Fake::new(key(0));
     fake.world().add("flannel-wg", Kind::Kernel, "");
