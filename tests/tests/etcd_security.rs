@@ -4,11 +4,12 @@
 use std::path::Path;
 use std::time::Duration;
 
+use etcd_client::{Client, ConnectOptions, Permission};
 use podnet::subnet::etcd::{EtcdOptions, EtcdSubnets, EtcdTls};
 use podnet::subnet::{LeaseRequest, SubnetManager};
 use podnet::types::{Secret, Stack};
 use podnet_tests::name;
-use podnet_tests::real::etcd::{Etcd, missing, written};
+use podnet_tests::real::etcd::{Etcd, Eye, missing, written};
 
 #[path = "tls/authority.rs"]
 mod authority;
@@ -32,6 +33,20 @@ fn options(etcd: &Etcd, tls: EtcdTls) -> EtcdOptions {
 
 async fn answer(options: EtcdOptions) -> String {
     EtcdSubnets::new(options).unwrap().network().await.unwrap_err().to_string()
+}
+
+/// The user without whom users cannot be switched on.
+async fn with_root(eye: &mut Eye) -> &mut Client {
+    let client = &mut eye.0;
+    client.role_add("root").await.unwrap();
+    client.user_add("root", "root's", None).await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    client
+}
+
+async fn as_root(etcd: &Etcd) -> Client {
+    let options = ConnectOptions::new().with_user("root", "root's");
+    Client::connect(etcd.endpoints(), Some(options)).await.unwrap()
 }
 
 const NO_CONFIG: &str = "there is no such key";
@@ -104,12 +119,9 @@ async fn user_and_password_are_checked_and_a_missing_right_is_named() {
     let mut eye = etcd.eye().await;
     let prefix = "/auth";
     eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
-    let client = &mut eye.0;
-    client.role_add("root").await.unwrap();
-    client.user_add("root", "root's", None).await.unwrap();
-    client.user_grant_role("root", "root").await.unwrap();
+    let client = with_root(&mut eye).await;
     client.role_add("podnet").await.unwrap();
-    let all = etcd_client::Permission::read_write(prefix).with_prefix();
+    let all = Permission::read_write(prefix).with_prefix();
     client.role_grant_permission("podnet", all).await.unwrap();
     for (user, role) in [("node", Some("podnet")), ("stranger", None)] {
         client.user_add(user, "hunter2", None).await.unwrap();
@@ -172,12 +184,9 @@ async fn who_may_not_write_is_told_so_and_leaves_no_etcd_lease_behind() {
     let mut eye = etcd.eye().await;
     let prefix = "/read-only";
     eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
-    let client = &mut eye.0;
-    client.role_add("root").await.unwrap();
-    client.user_add("root", "root's", None).await.unwrap();
-    client.user_grant_role("root", "root").await.unwrap();
+    let client = with_root(&mut eye).await;
     client.role_add("reader").await.unwrap();
-    let read = etcd_client::Permission::read(prefix).with_prefix();
+    let read = Permission::read(prefix).with_prefix();
     client.role_grant_permission("reader", read).await.unwrap();
     client.user_add("node", "hunter2", None).await.unwrap();
     client.user_grant_role("node", "reader").await.unwrap();
@@ -188,8 +197,7 @@ async fn who_may_not_write_is_told_so_and_leaves_no_etcd_lease_behind() {
         let error = store.acquire(&request).await.unwrap_err().to_string();
         assert!(error.contains("permission denied"), "{error}");
     }
-    let root = etcd_client::ConnectOptions::new().with_user("root", "root's");
-    let mut root = etcd_client::Client::connect(etcd.endpoints(), Some(root)).await.unwrap();
+    let mut root = as_root(&etcd).await;
     assert_eq!(root.leases().await.unwrap().leases().len(), 0);
 }
 
@@ -206,15 +214,11 @@ async fn a_token_from_before_a_change_of_users_is_replaced_at_once() {
     let mut eye = etcd.eye().await;
     let prefix = "/tokens";
     eye.put(&format!("{prefix}/config"), r#"{"Network":"10.42.0.0/16"}"#, None).await;
-    let client = &mut eye.0;
-    client.role_add("root").await.unwrap();
-    client.user_add("root", "root's", None).await.unwrap();
-    client.user_grant_role("root", "root").await.unwrap();
+    let client = with_root(&mut eye).await;
     client.auth_enable().await.unwrap();
     let store = EtcdSubnets::new(etcd.options(prefix).user("root", "root's".to_owned().into())).unwrap();
     store.network().await.unwrap();
-    let root = etcd_client::ConnectOptions::new().with_user("root", "root's");
-    let mut root = etcd_client::Client::connect(etcd.endpoints(), Some(root)).await.unwrap();
+    let mut root = as_root(&etcd).await;
     root.user_add("another", "password", None).await.unwrap();
     store.network().await.unwrap();
 }
