@@ -196,14 +196,14 @@ pub fn wg_set(netns: &Netns, device: &str, arguments: &[&str]) {
 /// A lab whose nodes have the backend; podnet runs on those on which it was started.
 #[derive(Debug)]
 pub struct Cluster {
+    /// The overlays, by node. They end first: one that still works would make a device anew whose daemon ends with its seat.
+    pub running: Vec<Option<Running>>,
     /// The hosts, with a pod each.
     pub lab: Lab,
     /// The leases.
     pub subnets: MemorySubnets,
     /// The backends, by node.
     pub seats: Vec<Seat>,
-    /// The overlays, by node.
-    pub running: Vec<Option<Running>>,
     _turn: SemaphorePermit<'static>,
 }
 

@@ -211,7 +211,7 @@ impl Driver for WireGuardDriver {
 const ADVICE: &str = "it is not a WireGuard device with the alias podnet: delete or rename it, or allow what flannel left to be taken \
                       over if it is that";
 
-const UNREADABLE: &str = "its peers stay as they are meanwhile: if it does not come back by itself, end its daemon: the device is then made anew";
+const UNREADABLE: &str = "its peers stay as they are meanwhile; if it does not come back by itself, end its daemon: the device is then made anew";
 
 /// Whose a device is; `None` for somebody else's. flannel's bears its name and no mark.
 fn owner(link: &Link, scope: &Scope) -> Option<Owner> {
