@@ -73,7 +73,8 @@ impl Dialogue {
 
     /// Without an error number: nothing was refused.
     fn gave_up(&self) -> io::Error {
-        let said = format!("the daemon does not answer (waited for {} s)", self.silence.as_secs());
+        let waited = if Instant::now() >= self.deadline { PATIENCE } else { self.silence };
+        let said = format!("the daemon does not answer (waited for {} s)", waited.as_secs());
         io::Error::new(io::ErrorKind::TimedOut, said)
     }
 
