@@ -11,8 +11,8 @@ use rtnetlink::LinkVxlan;
 use crate::cluster::{DOCKER_BRIDGE, UNDERLAY_INTERFACE, gateway, outside};
 use crate::probe::dns::{KUBERNETES, kubernetes_service};
 use crate::probe::{
-    Capture, Direction, DnsServer, EchoServer, PingOptions, PingStream, SteadyStream, Transport, dns_query, ping,
-    ping_all, seen_as, tcp_throughput,
+    Capture, Chatter, Direction, DnsServer, EchoServer, PingOptions, PingStream, SteadyStream, Transport, dns_query,
+    ping, ping_all, seen_as, tcp_throughput,
 };
 use crate::services::{self, Service, dns_service};
 use crate::{Families, Family, Host, Lab, LabSpec, Netns, Node, Route, Stack, Underlay, firewall, wait_until};
@@ -457,6 +457,30 @@ async fn an_echo_server_tells_the_address_that_it_sees() {
         }
         drop(server);
         wait_until("nobody listens", SOON, || async { Ok(a.netns().tcp_connect(at).await.is_err()) }).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn who_chattered_a_moment_ago_is_in_nobodys_way_and_both_are_heard() {
+    let lab = lab(spec(1, DUAL)).await;
+    let [a, b] = lab.nodes()[0].pods() else { panic!("two pods") };
+    for family in Family::BOTH {
+        let ear = b.netns().udp_socket((b.ip_in(family).unwrap(), 0).into()).unwrap();
+        let to = ear.local_addr().unwrap();
+        let mut buffer = [0; 16];
+        for said in [&b"first"[..], b"second"] {
+            // The one before is dropped here, and its task has had no turn to end in.
+            let _chatter = Chatter::start(a.netns(), to, said.to_vec()).unwrap();
+            let heard = async {
+                loop {
+                    let length = ear.recv(&mut buffer).await.unwrap();
+                    if &buffer[..length] == said {
+                        break;
+                    }
+                }
+            };
+            tokio::time::timeout(SOON, heard).await.expect("it is heard");
+        }
     }
 }
 

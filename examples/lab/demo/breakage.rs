@@ -13,11 +13,12 @@ use serde_json::json;
 
 use super::cluster::milliseconds;
 use super::node_state::{self, NodeState, mac};
-use super::proofs::sealed::{Chatter, Wire};
+use super::proofs::sealed::{Wire, chatter};
 use super::proofs::{SESSION, reaches, seen_outside};
 use super::{Cluster, Crossing, DemoError, Part, Seen, Stage};
 use crate::cluster::UNDERLAY_INTERFACE;
 use crate::families::{self, is_link_local};
+use crate::probe::Chatter;
 use crate::{Host, LabError, Netns, Node, Route, wait_until};
 
 /// How long a repair may take. The design wants it within a second; a busy machine may take longer, and what is printed is what it took.
@@ -238,7 +239,7 @@ where
     let host: &Host = cluster.first().host();
     let (whole, watched) = (NodeState::of(host).await?, look().await?);
     let listening = match cluster.crossing() {
-        Crossing::Sealed => Some((Wire::listen(cluster).await?, Chatter::start(cluster)?)),
+        Crossing::Sealed => Some((Wire::listen(cluster).await?, chatter(cluster)?)),
         Crossing::Vxlan | Crossing::Udp | Crossing::Plain | Crossing::Nowhere => None,
     };
     breaking.await?;
@@ -258,7 +259,7 @@ struct Repair {
     /// How long pods may take to reach each other then; zero where the first packet must be answered.
     patience: Duration,
     /// Who heard what was on the wire meanwhile, while pods talked, where nobody should read it.
-    listening: Option<(Wire, Chatter)>,
+    listening: Option<(Wire, Vec<Chatter>)>,
 }
 
 async fn wait_for<Look>(wanted: &NodeState, look: impl Fn() -> Look) -> Result<(), LabError>

@@ -3,12 +3,14 @@
 //! Probes use sockets opened inside a namespace ([`crate::Netns`]) and the ordinary kernel behind them. They work on hosts, pods and nodes alike.
 
 pub mod capture;
+pub mod chatter;
 pub mod dns;
 pub mod echo;
 pub mod ping;
 pub mod stream;
 
 pub use capture::{Capture, CaptureReport, Direction, Fragment, Frame, IpHeader, Needle, UdpHeader, VxlanHeader};
+pub use chatter::Chatter;
 pub use dns::{DnsAnswer, DnsServer, dns_query};
 pub use echo::{EchoServer, Transport, seen_as};
 pub use ping::{PingOptions, PingReport, PingStream, TooBig, ping, ping_all};

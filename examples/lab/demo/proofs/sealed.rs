@@ -15,7 +15,7 @@ use crate::demo::backend::sealed_overhead;
 use crate::demo::cluster::at;
 use crate::demo::{Cluster, DemoError, Seen, wireguard};
 use crate::error::Context as _;
-use crate::probe::{AbortOnDrop, Capture, Frame, Needle};
+use crate::probe::{Capture, Chatter, Frame, Needle};
 use crate::{LabError, families};
 
 /// What pods say here.
@@ -191,31 +191,12 @@ impl Heard {
     }
 }
 
-/// A pod of the first node that says the text to one of the last, once a millisecond in each family, whether it arrives or not.
-#[derive(Debug)]
-pub(crate) struct Chatter {
-    _tasks: Vec<AbortOnDrop<()>>,
-}
-
-impl Chatter {
-    pub(crate) fn start(cluster: &Cluster) -> Result<Self, LabError> {
-        let mut tasks = Vec::new();
-        let Some(other) = cluster.other() else {
-            return Ok(Self { _tasks: tasks });
-        };
-        for family in cluster.lab().spec().families() {
-            let (pod, peer) = (&cluster.first().pods()[0], &other.pods()[0]);
-            let (socket, to) = (pod.netns().udp_socket(at(pod.ip_in(family)?, PORT))?, at(peer.ip_in(family)?, PORT));
-            let said = said(family);
-            tasks.push(AbortOnDrop(tokio::spawn(async move {
-                let mut ticks = tokio::time::interval(Duration::from_millis(1));
-                loop {
-                    ticks.tick().await;
-                    // That it cannot be sent is what is hoped for while there is no way.
-                    let _ = socket.send_to(&said, to).await;
-                }
-            })));
-        }
-        Ok(Self { _tasks: tasks })
-    }
+/// A pod of the first node says the text to one of the last in each family, whether it arrives or not, until what this returns is dropped.
+pub(crate) fn chatter(cluster: &Cluster) -> Result<Vec<Chatter>, LabError> {
+    let Some(other) = cluster.other() else {
+        return Ok(Vec::new());
+    };
+    let (pod, peer) = (&cluster.first().pods()[0], &other.pods()[0]);
+    let families = cluster.lab().spec().families();
+    families.map(|family| Chatter::start(pod.netns(), at(peer.ip_in(family)?, PORT), said(family))).collect()
 }
