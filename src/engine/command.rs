@@ -7,7 +7,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{COLLECT, Engine};
+use super::Engine;
+use super::sight::COLLECT;
 use crate::admission::Verdict;
 use crate::driver::Driver;
 use crate::error::Error;

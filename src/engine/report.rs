@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Engine, View, wish};
 use crate::admission::Verdict;
+use crate::backend::Underlay;
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::plan::Unit;
@@ -98,7 +99,7 @@ impl Engine {
             (Some(error), _) => failed(kind, error.to_string()),
             (None, Some(view)) => {
                 let u = &view.underlay;
-                let found = format!("{} {} mtu {}: {}", u.device, super::addresses(u), u.mtu, view.why);
+                let found = format!("{} {} mtu {}: {}", u.device, addresses(u), u.mtu, view.why);
                 if u.up { met(kind, found) } else { failed(kind, format!("{} is down ({found})", u.device)) }
             }
             (None, None) => waiting(kind, "needs this node's lease first"),
@@ -304,6 +305,12 @@ impl Engine {
         let conflict = keys.filter(|_| !self.conflicts.is_empty()).find_map(|key| self.conflicts.get(&key).cloned());
         conflict.map(|c| PeerState::Failing { error: c.to_string(), attempts: 0 })
     }
+}
+
+/// The addresses of an underlay, for people.
+pub(super) fn addresses(underlay: &Underlay) -> String {
+    let list: Vec<String> = Family::BOTH.iter().filter_map(|f| underlay.address(*f)).map(|a| a.to_string()).collect();
+    list.join(" ")
 }
 
 fn subnets(lease: &Lease) -> String {
