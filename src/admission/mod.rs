@@ -4,16 +4,22 @@
 //! meets. Where two claims meet, the older keeps (see [`Precedence`]); when it goes, the younger comes in. The verdicts
 //! depend on the set of leases and never on the order in which they came. Nothing here knows of the kernel or a clock.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod claims;
+mod possible;
+mod verdict;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::ops::Bound;
 use std::sync::Arc;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
-use serde::Serialize;
 
+use self::claims::{Exclusive, Index, Prefix, Rank};
+pub(crate) use self::possible::{judge_own, overlap};
+use self::possible::{never_pods, not_reserved, possible_subnet};
+pub use self::verdict::{Refusal, Verdict, VerdictChange};
 use crate::backend::{AdmittedPeer, Backend};
-use crate::lease::{BackendKind, Endpoint, Lease, Precedence};
+use crate::lease::{BackendKind, Endpoint, Lease};
 use crate::types::{Family, NodeName, Stack};
 
 /// Something that no peer's subnet may touch, and why.
@@ -40,134 +46,6 @@ pub struct Policy {
     pub own_claims: BTreeSet<(BackendKind, Family, String)>,
     /// Ranges beside the built-in ones (loopback, link-local, multicast).
     pub reserved: Vec<Reserved>,
-}
-
-/// What became of a peer in one family.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is a peer.
-    Admitted {
-        /// Which of our backends reaches it: an index into the list that admission was made with.
-        backend: usize,
-        /// The peer, in this family.
-        peer: AdmittedPeer,
-    },
-    /// It has not said yet how it is reached; its subnet is its own.
-    Pending,
-    /// It is kept out.
-    Refused(Refusal),
-}
-
-/// Why a peer is kept out in one family.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Refusal {
-    /// The subnet is not inside the cluster network.
-    #[error("subnet {subnet} is outside the cluster network {network}")]
-    OutsideNetwork {
-        /// What was claimed.
-        subnet: IpNetwork,
-        /// The cluster network.
-        network: IpNetwork,
-    },
-    /// The subnet is not written as a network.
-    #[error("subnet {subnet} has host bits; {canonical} may be meant")]
-    HostBits {
-        /// What was claimed.
-        subnet: IpNetwork,
-        /// The network it lies in.
-        canonical: IpNetwork,
-    },
-    /// The subnet is too small to hold a gateway and a pod.
-    #[error("subnet {subnet} is too small to hold pods")]
-    TooSmall {
-        /// What was claimed.
-        subnet: IpNetwork,
-    },
-    /// The subnet meets something that is not a pod's.
-    #[error("subnet {subnet} overlaps {what} ({network})")]
-    Reserved {
-        /// What was claimed.
-        subnet: IpNetwork,
-        /// What it meets.
-        network: IpNetwork,
-        /// What that is.
-        what: String,
-    },
-    /// The subnet meets this node's own.
-    #[error("subnet {subnet} overlaps this node's own {own}")]
-    OverlapsOwn {
-        /// What was claimed.
-        subnet: IpNetwork,
-        /// Ours.
-        own: IpNetwork,
-    },
-    /// The subnet meets that of a peer that was there before.
-    #[error("subnet {subnet} overlaps {other} of node {holder}, which held it first")]
-    OverlapsPeer {
-        /// What was claimed.
-        subnet: IpNetwork,
-        /// The subnet that was there before.
-        other: IpNetwork,
-        /// Its holder.
-        holder: NodeName,
-    },
-    /// It offers none of the backends that this node runs.
-    #[error("no backend in common: it offers {theirs}, this node runs {ours}")]
-    NoCommonBackend {
-        /// Theirs, joined by commas.
-        theirs: String,
-        /// Ours, joined by commas.
-        ours: String,
-    },
-    /// Its address cannot be another host's.
-    #[error("address {address} is {what}")]
-    ImpossibleAddress {
-        /// The address.
-        address: IpAddr,
-        /// Why not.
-        what: String,
-    },
-    /// Its address is that of a peer that was there before.
-    #[error("address {address} is that of node {holder}, which had it first")]
-    AddressTaken {
-        /// The address.
-        address: IpAddr,
-        /// Its holder.
-        holder: NodeName,
-    },
-    /// The backend refuses what was published.
-    #[error("backend data refused: {reason}")]
-    BackendData {
-        /// Why.
-        reason: String,
-    },
-    /// What was published is this node's own.
-    #[error("{claim} is this node's own")]
-    ClaimIsOurs {
-        /// What is claimed.
-        claim: String,
-    },
-    /// What was published belongs to a peer that was there before.
-    #[error("{claim} is that of node {holder}, which had it first")]
-    ClaimTaken {
-        /// What is claimed.
-        claim: String,
-        /// Its holder.
-        holder: NodeName,
-    },
-}
-
-/// A verdict that changed: `None` when the peer is gone in this family.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VerdictChange {
-    /// The peer.
-    pub node: NodeName,
-    /// The family.
-    pub family: Family,
-    /// The new verdict.
-    pub verdict: Option<Verdict>,
 }
 
 /// All leases, and the verdict on each.
@@ -227,130 +105,6 @@ struct Reach {
     backend: usize,
     endpoint: Endpoint<IpAddr>,
     exclusive: Vec<Exclusive>,
-}
-
-/// What at most one node may hold.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Exclusive {
-    Address(IpAddr),
-    Claim(BackendKind, String),
-}
-
-/// The order in which claims are judged.
-type Rank = Arc<(Precedence, NodeName)>;
-
-/// A canonical prefix as numbers: cheap to order and to look up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Prefix {
-    start: u128,
-    len: u8,
-}
-
-/// Who claims what in one family, as far as the claim is possible in itself, and who holds it.
-#[derive(Debug, Default)]
-struct Index {
-    /// How many peers claim something here, possible or not.
-    peers: usize,
-    subnets: BTreeMap<Prefix, Claimants>,
-    /// How many of the subnets have each length: lengths that nobody claims need not be looked up.
-    lengths: BTreeMap<u8, usize>,
-    exclusive: HashMap<Exclusive, Claimants>,
-}
-
-#[derive(Debug, Default)]
-struct Claimants {
-    all: BTreeSet<Rank>,
-    holder: Option<Rank>,
-}
-
-impl Claimants {
-    fn younger_than<'a>(&'a self, rank: &'a Rank) -> impl Iterator<Item = &'a Rank> {
-        self.all.range::<Rank, _>((Bound::Excluded(rank), Bound::Unbounded))
-    }
-
-    fn older_holder(&self, rank: &Rank) -> Option<&Rank> {
-        self.holder.as_ref().filter(|holder| *holder < rank)
-    }
-
-    fn hold(&mut self, rank: &Rank, holds: bool) {
-        if holds {
-            self.holder = Some(rank.clone());
-        } else if self.holder.as_ref() == Some(rank) {
-            self.holder = None;
-        }
-    }
-
-    /// Returns whether nobody is left.
-    fn leave(&mut self, rank: &Rank) -> bool {
-        self.all.remove(rank);
-        self.hold(rank, false);
-        self.all.is_empty()
-    }
-}
-
-impl Prefix {
-    fn of(network: IpNetwork) -> Prefix {
-        match network {
-            IpNetwork::V4(n) => Prefix { start: u32::from(n.network()).into(), len: n.prefix() },
-            IpNetwork::V6(n) => Prefix { start: u128::from(n.network()), len: n.prefix() },
-        }
-    }
-
-    fn width(family: Family) -> u8 {
-        match family {
-            Family::V4 => 32,
-            Family::V6 => 128,
-        }
-    }
-
-    fn last(self, family: Family) -> u128 {
-        let host_bits = u32::from(Self::width(family).saturating_sub(self.len));
-        self.start | 1_u128.checked_shl(host_bits).map_or(u128::MAX, |size| size - 1)
-    }
-
-    /// The prefix of `len` bits that this one lies in.
-    fn ancestor(self, len: u8, family: Family) -> Prefix {
-        let host_bits = u32::from(Self::width(family).saturating_sub(len));
-        let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
-        Prefix { start: self.start & mask, len }
-    }
-}
-
-impl Index {
-    /// All subnets that meet this one, with who claims them.
-    fn overlapping(&self, prefix: Prefix, family: Family) -> impl Iterator<Item = &Claimants> {
-        let inside = self
-            .subnets
-            .range(Prefix { start: prefix.start, len: 0 }..=Prefix { start: prefix.last(family), len: u8::MAX })
-            .filter(move |(p, _)| p.len >= prefix.len)
-            .map(|(_, claimants)| claimants);
-        let shorter = self.lengths.range(..prefix.len).map(|(len, _)| *len);
-        let around = shorter.filter_map(move |len| self.subnets.get(&prefix.ancestor(len, family)));
-        inside.chain(around)
-    }
-
-    /// Adds a claim on a subnet.
-    fn claim(&mut self, prefix: Prefix, rank: Rank) {
-        let claimants = self.subnets.entry(prefix).or_insert_with(|| {
-            *self.lengths.entry(prefix.len).or_default() += 1;
-            Claimants::default()
-        });
-        claimants.all.insert(rank);
-    }
-
-    /// Takes a claim on a subnet away.
-    fn unclaim(&mut self, prefix: Prefix, rank: &Rank) {
-        if !self.subnets.get_mut(&prefix).is_some_and(|claimants| claimants.leave(rank)) {
-            return;
-        }
-        self.subnets.remove(&prefix);
-        if let Some(count) = self.lengths.get_mut(&prefix.len) {
-            *count -= 1;
-            if *count == 0 {
-                self.lengths.remove(&prefix.len);
-            }
-        }
-    }
 }
 
 impl Admission {
@@ -758,60 +512,4 @@ struct Run {
     dirty: BTreeSet<(Rank, Family)>,
     /// The verdicts as they were.
     before: BTreeMap<(NodeName, Family), Option<Verdict>>,
-}
-
-/// What a subnet must be in itself, whoever claims it.
-fn possible_subnet(subnet: IpNetwork, network: IpNetwork) -> Result<(), Refusal> {
-    // Outside before host bits: 10.42.9.7/24 is worth a hint, 8.8.8.8/0 is not.
-    if subnet.prefix() < network.prefix() || !network.contains(subnet.network()) {
-        return Err(Refusal::OutsideNetwork { subnet, network });
-    }
-    if subnet.ip() != subnet.network() {
-        let canonical = IpNetwork::new(subnet.network(), subnet.prefix()).unwrap_or(subnet);
-        return Err(Refusal::HostBits { subnet, canonical });
-    }
-    if subnet.prefix() >= Prefix::width(Family::of(subnet.ip())) - 1 {
-        return Err(Refusal::TooSmall { subnet });
-    }
-    Ok(())
-}
-
-fn not_reserved<'a>(subnet: IpNetwork, reserved: impl IntoIterator<Item = &'a Reserved>) -> Result<(), Refusal> {
-    match reserved.into_iter().find(|r| overlap(r.network, subnet)) {
-        Some(r) => Err(Refusal::Reserved { subnet, network: r.network, what: r.what.clone() }),
-        None => Ok(()),
-    }
-}
-
-/// Judges this node's own subnet as every peer will: what they must refuse is of no use here either.
-pub(crate) fn judge_own(subnet: IpNetwork, network: IpNetwork, reserved: &[Reserved]) -> Result<(), Refusal> {
-    possible_subnet(subnet, network)?;
-    not_reserved(subnet, never_pods().iter().chain(reserved))
-}
-
-/// Whether two networks of any family share an address.
-pub(crate) fn overlap(a: IpNetwork, b: IpNetwork) -> bool {
-    match (a, b) {
-        (IpNetwork::V4(a), IpNetwork::V4(b)) => a.contains(b.network()) || b.contains(a.network()),
-        (IpNetwork::V6(a), IpNetwork::V6(b)) => a.contains(b.network()) || b.contains(a.network()),
-        _ => false,
-    }
-}
-
-/// Ranges in which no pod can live, whatever the cluster network (RFC 6890).
-fn never_pods() -> Vec<Reserved> {
-    [
-        ("0.0.0.0/8", "the unspecified network"),
-        ("127.0.0.0/8", "the loopback network"),
-        ("169.254.0.0/16", "the link-local network"),
-        ("224.0.0.0/4", "multicast"),
-        ("255.255.255.255/32", "the broadcast address"),
-        ("::/96", "the unspecified and loopback addresses"),
-        ("::ffff:0:0/96", "IPv4 addresses in IPv6 form"),
-        ("fe80::/10", "the link-local network"),
-        ("ff00::/8", "multicast"),
-    ]
-    .iter()
-    .filter_map(|(network, what)| Some(Reserved { network: network.parse().ok()?, what: (*what).to_owned() }))
-    .collect()
 }
