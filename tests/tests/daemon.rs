@@ -55,6 +55,7 @@ tests! {
     a_removal_that_left_something_keeps_the_file_by_which_the_next_knows_the_network,
     wrong_flags_and_a_second_daemon_are_refused_with_a_reason,
     systemd_is_told,
+    systemd_is_told_of_the_end_also_before_the_network_is_known,
     systemd_hears_that_it_is_ready_also_where_its_queue_was_full,
     the_watchdog_hears_of_no_engine_that_hangs_and_systemd_of_the_end_before_it_is_waited_for,
 }
@@ -1086,6 +1087,16 @@ async fn systemd_is_told() {
     assert!(systemd.hear("READY=1\n").contains("STATUS=ready; 0 of 0 peers connected"));
     daemon.until_ready();
     systemd.hear("WATCHDOG=1");
+    assert_eq!(daemon.stop(), Some(0));
+    systemd.hear("STOPPING=1");
+}
+
+async fn systemd_is_told_of_the_end_also_before_the_network_is_known() {
+    let stage = Stage::v4(1).await;
+    let systemd = Systemd::on(&stage);
+    fs::remove_file(stage.leases()).unwrap();
+    let daemon = stage.start_with(0, systemd.starts(&stage, &[]));
+    systemd.hear("STATUS=not ready: the network's configuration cannot be read");
     assert_eq!(daemon.stop(), Some(0));
     systemd.hear("STOPPING=1");
 }
