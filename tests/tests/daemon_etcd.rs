@@ -37,12 +37,13 @@ tests! {
     restarts_behind_a_firewall_that_drops_lose_no_packet,
     five_thousand_leases_are_in_the_kernel_after_one_start_and_the_next_writes_nothing,
     a_changed_network_is_told_and_taken_up_by_a_restart_alone,
+    fault_27_a_date_that_jumps_neither_ends_a_lease_nor_renews_it_and_time_that_passes_does,
 }
 
 tests! {
     SLOW:
     ten_thousand_leases_are_in_the_kernel_after_one_start_and_the_next_writes_nothing,
-    while_etcd_is_away_for_ten_minutes_the_network_stays_as_it_was,
+    fault_20_while_etcd_is_away_for_ten_minutes_the_network_stays_as_it_was,
 }
 
 fn main() -> ExitCode {
@@ -704,8 +705,96 @@ async fn a_changed_network_is_told_and_taken_up_by_a_restart_alone() {
     stage.assert_pods_talk().await;
 }
 
+/// The time that a daemon sees, where Debian's libfaketime is there: how much later than it is, in a file that is read at each look at a clock.
+struct FakeTime {
+    library: PathBuf,
+    file: PathBuf,
+}
+
+impl FakeTime {
+    fn of(stage: &Stage) -> Option<FakeTime> {
+        let folders = fs::read_dir("/usr/lib").ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+        let library = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1")).find(|path| path.exists())?;
+        let time = FakeTime { library, file: stage.folder.path().join("time") };
+        time.is("+0");
+        Some(time)
+    }
+
+    /// In libfaketime's words; at once.
+    fn is(&self, later: &str) {
+        let new = self.file.with_extension("new");
+        fs::write(&new, later).unwrap();
+        fs::rename(new, &self.file).unwrap();
+    }
+
+    /// Sees it instead of the date, and instead of how much time has passed unless `date_alone`.
+    fn seen_by(&self, command: &mut Command, date_alone: bool) {
+        let monotonic = if date_alone { "1" } else { "0" };
+        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", &self.file);
+        command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", monotonic);
+    }
+}
+
+async fn fault_27_a_date_that_jumps_neither_ends_a_lease_nor_renews_it_and_time_that_passes_does() {
+    let test = "fault_27_a_date_that_jumps";
+    if etcd::missing(test) {
+        return;
+    }
+    let mut stage = Stage::new(1, Etcd::single().await).await;
+    let Some(time) = FakeTime::of(&stage) else {
+        skipping(test, "libfaketime is not installed");
+        return;
+    };
+    let (socket, log) = (stage.folder.path().join("0.sock"), stage.folder.path().join("0.log"));
+    let start = |stage: &Stage, date_alone: bool| {
+        let mut command = stage.command(0, &["--firewall=nftables"]);
+        time.seen_by(&mut command, date_alone);
+        Daemon::start(stage.netns(0), command, &socket, &log, || ())
+    };
+    let left = |daemon: &Daemon| daemon.metric("podnet_lease_left_seconds").expect("a lease with an end");
+    const TERM: f64 = 24.0 * 3600.0;
+
+    let daemon = start(&stage, true);
+    daemon.until_ready();
+    let key = format!("{PREFIX}/subnets/10.64.0.0-24");
+    let held = stage.keys.only(&key).await;
+    let year = daemon.log().get(..5).expect("a date").to_owned();
+    for (number, later) in ["+3y", "-3y", "+0"].into_iter().enumerate() {
+        time.is(later);
+        // A peer that comes is told of in the log, with the date.
+        stage.write(&[Peer::new(number as u16)], &[]).await;
+        let told = format!("{0} of {0} peers connected", number + 1);
+        eventually(&told, || daemon.log().contains(&told));
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains(&told)).unwrap();
+        assert!(later == "+0" || !line.starts_with(&year), "the date did not jump by {later}: {line}");
+        assert!((TERM - 60.0..=TERM).contains(&left(&daemon)), "{later}: {} s are left", left(&daemon));
+        daemon.until_ready();
+    }
+    assert!(!daemon.log().contains("lost its lease"), "{}", daemon.log());
+    assert_eq!(requests(&stage.etcd, "LeaseKeepAlive").await, 0, "it is not due");
+    assert_eq!(daemon.stop(), Some(0));
+
+    // 24 h less the hour before the end in which it is renewed.
+    let daemon = start(&stage, false);
+    daemon.until_ready();
+    let before = requests(&stage.etcd, "LeaseKeepAlive").await;
+    time.is("+22h");
+    daemon.until("/metrics", |_, _| left(&daemon) < TERM - 22.0 * 3600.0);
+    assert_eq!(requests(&stage.etcd, "LeaseKeepAlive").await, before, "it is not due");
+    time.is("+23h");
+    daemon.until("/metrics", |_, _| left(&daemon) > TERM - 3600.0);
+    assert_eq!(requests(&stage.etcd, "LeaseKeepAlive").await, before + 1);
+    daemon.until_ready();
+    assert_eq!(
+        stage.keys.only(&key).await,
+        held,
+        "the key, its value and its etcd lease are the same from the first to the last"
+    );
+}
+
 /// Ten minutes, unless `PODNET_AWAY` says how many seconds; run by its whole name alone.
-async fn while_etcd_is_away_for_ten_minutes_the_network_stays_as_it_was() {
+async fn fault_20_while_etcd_is_away_for_ten_minutes_the_network_stays_as_it_was() {
     if etcd::missing("while_etcd_is_away_for_ten_minutes") {
         return;
     }

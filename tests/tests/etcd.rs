@@ -352,7 +352,7 @@ async fn a_lease_that_is_gone_is_said_by_every_call_and_can_be_acquired_anew() {
 }
 
 #[tokio::test]
-async fn a_key_that_another_identity_overwrote_is_reported_and_not_fought_over() {
+async fn case_30_a_key_that_another_identity_overwrote_is_reported_and_not_fought_over() {
     let Some(mut stage) = Stage::new("overwritten", CONFIG).await else { return };
     let (store, node) = (stage.store(), name("node-1"));
     for attempt in ["publish", "renew", "release"] {

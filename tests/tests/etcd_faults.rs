@@ -122,7 +122,7 @@ async fn race(test: &str, config: &str, nodes: u8, v6: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fifty_nodes_race_for_subnets_while_members_stop_and_no_subnet_ever_has_two_owners() {
+async fn fault_28_fifty_nodes_race_for_subnets_while_members_stop_and_no_subnet_ever_has_two_owners() {
     race("race", r#"{"Network":"10.42.0.0/18"}"#, 50, false).await;
 }
 
@@ -133,7 +133,7 @@ async fn nor_with_both_families() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_stops_and_a_leader_that_freezes_cost_a_watch_nothing_but_a_snapshot() {
+async fn fault_26_a_member_that_stops_and_a_leader_that_freezes_cost_a_watch_nothing_but_a_snapshot() {
     if missing("members") {
         return;
     }

@@ -57,7 +57,7 @@ fn assert_refused(what: &str, said: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn both_sides_prove_who_they_are_or_there_is_no_connection() {
+async fn case_28_both_sides_prove_who_they_are_or_there_is_no_connection() {
     if missing("tls") {
         return;
     }
@@ -98,7 +98,7 @@ async fn both_sides_prove_who_they_are_or_there_is_no_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_expired_server_is_refused() {
+async fn case_28_an_expired_server_is_refused() {
     if missing("expired") {
         return;
     }

@@ -242,7 +242,7 @@ async fn two_nodes_that_start_in_the_same_instant_see_each_other() {
 }
 
 #[tokio::test]
-async fn changes_that_etcd_has_forgotten_are_made_good_by_a_new_snapshot() {
+async fn fault_26_changes_that_etcd_has_forgotten_are_made_good_by_a_new_snapshot() {
     if missing("forgotten") {
         return;
     }
@@ -313,7 +313,7 @@ async fn not_held(store: &EtcdSubnets, node: &NodeName) {
 }
 
 #[tokio::test]
-async fn a_deletion_at_the_very_revision_that_is_compacted_to_is_told() {
+async fn fault_26_a_deletion_at_the_very_revision_that_is_compacted_to_is_told() {
     if missing("compacted_to") {
         return;
     }
@@ -389,7 +389,7 @@ async fn a_cut_connection_with_changes_and_a_compaction_meanwhile_ends_in_what_i
 }
 
 #[tokio::test]
-async fn a_store_that_is_away_is_said_and_a_frozen_one_is_noticed() {
+async fn fault_22_a_store_that_is_away_is_said_and_a_frozen_one_is_noticed() {
     if missing("away") {
         return;
     }
