@@ -811,7 +811,8 @@ async fn etcd_is_reached_with_certificates_user_and_password_as_flannelds_flags_
     members.freeze(0);
     let begun = Instant::now();
     assert_eq!(daemon.stop(), Some(0));
-    assert!(begun.elapsed() < real::slower(std::time::Duration::from_secs(1)), "{:?}", begun.elapsed());
+    // A request to it takes 3 s before it is given up.
+    assert!(begun.elapsed() < real::slower(Duration::from_secs(2)), "{:?}", begun.elapsed());
     members.thaw(0);
 }
 

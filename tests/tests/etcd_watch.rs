@@ -395,7 +395,7 @@ async fn fault_22_a_store_that_is_away_is_said_and_a_frozen_one_is_noticed() {
     }
     let (mut etcd, prefix) = (Etcd::single().await, "/away");
     let mut eye = configured(&etcd, prefix).await;
-    let me = EtcdSubnets::new(etcd.options(prefix).deadline(Duration::from_millis(500))).unwrap();
+    let me = EtcdSubnets::new(etcd.options(prefix).deadline(Duration::from_secs(2))).unwrap();
     me.acquire(&request(1)).await.unwrap();
     let mut watch = me.watch(&name("node-1")).await.unwrap();
     snapshot(&mut watch).await;
@@ -407,14 +407,14 @@ async fn fault_22_a_store_that_is_away_is_said_and_a_frozen_one_is_noticed() {
     let begun = Instant::now();
     let error = me.renew(&name("node-1")).await.unwrap_err();
     assert!(
-        matches!(&error, SubnetError::Unavailable { .. }) && error.to_string().contains("no answer within 500ms"),
+        matches!(&error, SubnetError::Unavailable { .. }) && error.to_string().contains("no answer within 2s"),
         "{error}"
     );
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     // The watch hears nothing, and no end either.
-    let told = timeout(Duration::from_secs(30), watch.next()).await.expect("silence is noticed");
+    let told = timeout(Duration::from_secs(40), watch.next()).await.expect("silence is noticed");
     assert!(matches!(told, Some(Err(SubnetError::Unavailable { .. }))), "{told:?}");
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
     assert_eq!(watch.next().await, None);
     assert!(me.watch(&name("node-1")).await.is_err());
     etcd.thaw(0);
