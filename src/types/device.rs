@@ -1,7 +1,9 @@
 //! Names of network devices, because the kernel cuts or refuses what does not fit and because
 //! a name ends up in file names under `/proc/sys`: it must never carry a slash.
 
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -18,9 +20,16 @@ use serde::{Deserialize, Serialize};
 /// assert!("a/b".parse::<DeviceName>().is_err());
 /// # Ok::<(), podnet::types::InvalidDeviceName>(())
 /// ```
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct DeviceName(std::sync::Arc<str>);
+pub struct DeviceName {
+    /// Filled up with zeros, as in the kernel's `ifr_name`. Names are in the key of every kernel object: as one number they are copied, compared
+    /// and hashed for nothing.
+    bytes: [u8; IFNAMSIZ],
+}
+
+/// Of `if.h`: with the NUL at the end.
+const IFNAMSIZ: usize = 16;
 
 /// A text that cannot be a device's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -33,7 +42,39 @@ pub struct InvalidDeviceName {
 impl DeviceName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        let length = self.bytes.iter().position(|byte| *byte == 0).unwrap_or(IFNAMSIZ);
+        self.bytes.get(..length).and_then(|name| std::str::from_utf8(name).ok()).unwrap_or_default()
+    }
+
+    /// In the order of the names as text.
+    fn number(&self) -> u128 {
+        u128::from_be_bytes(self.bytes)
+    }
+}
+
+impl PartialEq for DeviceName {
+    fn eq(&self, other: &Self) -> bool {
+        self.number() == other.number()
+    }
+}
+
+impl Eq for DeviceName {}
+
+impl PartialOrd for DeviceName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for DeviceName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.number().cmp(&other.number())
+    }
+}
+
+impl Hash for DeviceName {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u128(self.number());
     }
 }
 
@@ -41,15 +82,13 @@ impl FromStr for DeviceName {
     type Err = InvalidDeviceName;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        let fits = (1..=15).contains(&name.len())
-            && name != "."
-            && name != ".."
-            && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
-        if fits {
-            Ok(DeviceName(name.into()))
-        } else {
-            Err(InvalidDeviceName { name: name.chars().take(64).collect() })
+        let fits = name != "." && name != ".." && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
+        let mut bytes = [0; IFNAMSIZ];
+        match bytes.get_mut(..name.len()) {
+            Some(start) if fits && (1..IFNAMSIZ).contains(&name.len()) => start.copy_from_slice(name.as_bytes()),
+            _ => return Err(InvalidDeviceName { name: name.chars().take(64).collect() }),
         }
+        Ok(DeviceName { bytes })
     }
 }
 
@@ -63,19 +102,19 @@ impl TryFrom<String> for DeviceName {
 
 impl From<DeviceName> for String {
     fn from(name: DeviceName) -> String {
-        name.0.as_ref().to_owned()
+        name.as_str().to_owned()
     }
 }
 
 impl fmt::Display for DeviceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.as_str())
     }
 }
 
 impl fmt::Debug for DeviceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        fmt::Debug::fmt(self.as_str(), f)
     }
 }
 
@@ -91,5 +130,15 @@ mod tests {
         for good in ["lo", "flannel.1", "flannel-v6.4096", "cni0", "exactly-15-byte"] {
             assert_eq!(good.parse::<DeviceName>().unwrap().as_str(), good);
         }
+    }
+
+    #[test]
+    fn names_are_in_the_order_of_their_texts() {
+        let texts = ["cni0", "cni", "eth10", "eth1", "eth2", "exactly-15-byte", "exactly-15-byt", "~", "!"];
+        let mut names = texts.map(|text| text.parse::<DeviceName>().unwrap());
+        let mut sorted = texts;
+        names.sort();
+        sorted.sort();
+        assert_eq!(names.map(|name| name.to_string()), sorted.map(str::to_owned));
     }
 }
