@@ -37,6 +37,7 @@ mod keys;
 mod links;
 mod object;
 mod options;
+mod port;
 mod program;
 mod session;
 mod system;

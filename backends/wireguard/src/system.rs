@@ -1,7 +1,6 @@
 //! The system's WireGuard devices: the kernel's where it has them, else those of a program in user space. It has the secrets, and gives
 //! them to devices alone.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use podnet::driver::netlink::ALIAS;
@@ -13,6 +12,7 @@ use crate::error::{IN_USE, io_error, port_in_use};
 use crate::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::links::{Links, Seen};
 use crate::options::Userspace;
+use crate::port::is_free;
 use crate::{kernel, program, uapi};
 
 /// How long a daemon may take to notice that its device went up or away.
@@ -47,7 +47,7 @@ impl System {
             });
         };
         // A daemon whose device was deleted is on its way out.
-        if !wait(DYING, || !uapi::is_served(name.as_str())) {
+        if !wait(DYING, || Ok(!uapi::is_served(name.as_str())))? {
             return Err(DriverError::InTheWay {
                 attempted: attempted(),
                 with: format!("a WireGuard daemon behind {}", uapi::socket(name.as_str()).display()),
@@ -58,7 +58,7 @@ impl System {
             });
         }
         program::run(path, arguments, name.as_str())?;
-        if !wait(PATIENCE, || uapi::is_served(name.as_str())) {
+        if !wait(PATIENCE, || Ok(uapi::is_served(name.as_str())))? {
             let socket = uapi::socket(name.as_str());
             return Err(DriverError::Io {
                 attempted: attempted(),
@@ -70,21 +70,15 @@ impl System {
 }
 
 /// Looks until something holds; whether it did in time.
-fn wait(patience: Duration, mut holds: impl FnMut() -> bool) -> bool {
+fn wait(patience: Duration, mut holds: impl FnMut() -> Result<bool, DriverError>) -> Result<bool, DriverError> {
     let deadline = Instant::now() + patience;
-    while !holds() {
+    while !holds()? {
         if Instant::now() >= deadline {
-            return false;
+            return Ok(false);
         }
         std::thread::sleep(GLANCE);
     }
-    true
-}
-
-/// Whether a UDP port is free here, for IPv4 and IPv6: a daemon does not say that it could not have it.
-fn is_free(port: u16) -> bool {
-    let taken = |address: SocketAddr| UdpSocket::bind(address).is_err_and(|e| e.raw_os_error() == Some(IN_USE));
-    !taken((Ipv4Addr::UNSPECIFIED, port).into()) && !taken((Ipv6Addr::UNSPECIFIED, port).into())
+    Ok(true)
 }
 
 fn link(seen: Seen) -> Link {
@@ -175,7 +169,7 @@ impl WireGuardDevices for System {
                 let is = uapi::read(name, None)?;
                 // boringtun says so where it can, and keeps what it had open for a while after it was told another.
                 let tells = is.edits == Edits::Anew && is.public_key.is_some();
-                if is.port != port && !tells && !is_free(port) {
+                if is.port != port && !tells && !is_free(port)? {
                     return Err(port_in_use(name, port));
                 }
                 // It would open its sockets anew.
@@ -187,7 +181,10 @@ impl WireGuardDevices for System {
                 links.set_mtu(&now, mtu)?;
                 links.set_up(&device).map_err(|error| io_error(&format!("set link {name} up"), &error, ""))?;
                 // A daemon opens its sockets when it hears that its device is up.
-                wait(PATIENCE, || !is_free(port)).then_some(()).ok_or_else(|| DriverError::Io {
+                if wait(PATIENCE, || is_free(port).map(|free| !free))? {
+                    return Ok(());
+                }
+                Err(DriverError::Io {
                     attempted: format!("listen on UDP port {port} for {name}"),
                     reason: "the daemon has not opened it".to_owned(),
                 })
@@ -217,7 +214,7 @@ impl WireGuardDevices for System {
 
     fn delete(&self, link: &Link) -> Result<(), DriverError> {
         Links::open()?.delete(&seen(link))?;
-        if link.kind != Kind::User || wait(PATIENCE, || !uapi::is_served(&link.name)) {
+        if link.kind != Kind::User || wait(PATIENCE, || Ok(!uapi::is_served(&link.name)))? {
             return Ok(());
         }
         // A daemon that has not noticed ends when its socket goes.
