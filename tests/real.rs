@@ -12,6 +12,7 @@ pub mod monitor;
 pub mod nft;
 pub mod podnetd;
 pub mod privilege;
+pub mod standstill;
 pub mod stopwatch;
 pub mod storm;
 pub mod wireguard;
@@ -36,7 +37,7 @@ use podnet::{Node, NodeBuilder, Runner};
 use podnet_host_gw::HostGw;
 use podnet_lab::cluster::UNDERLAY_INTERFACE;
 use podnet_lab::families::{address, within};
-use podnet_lab::probe::{PingOptions, PingReport, ping, ping_all};
+use podnet_lab::probe::{PingOptions, PingReport, ping_all};
 use podnet_lab::{Families, Host, Lab, LabSpec, Netns, Route, Underlay, services};
 use podnet_vxlan::Vxlan;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -248,10 +249,10 @@ impl Cluster {
                 return begun.elapsed();
             }
             assert!(begun.elapsed() < PATIENCE, "pods do not reach each other: {missing:?}");
-            for (from, to, report) in &mut missing {
-                let pod = self.lab.pods().find(|pod| pod.name() == from).expect("a pod of that name");
-                *report = ping(pod.netns(), *to, once).await.expect("a ping");
-            }
+            let pod = |name: &String| self.lab.pods().find(|pod| pod.name() == name).expect("a pod of that name");
+            let ways = missing.iter().map(|(from, to, _)| (pod(from).netns().clone(), *to)).collect();
+            let reports = ping_all(ways, once).await.expect("pings");
+            missing.iter_mut().zip(reports).for_each(|((_, _, last), report)| *last = report);
         }
     }
 
@@ -282,13 +283,18 @@ impl Cluster {
 
 /// Does harm and waits until all of the namespace is as before, within a second from before the harm on.
 pub async fn heals<F: Future<Output = ()>>(eye: &Eye, running: &Running, harm: F) {
+    is_healed(eye, running, harm).await.assert_soon();
+}
+
+/// Does harm and waits until all of the namespace is as before. The time since before the harm runs on.
+pub async fn is_healed<F: Future<Output = ()>>(eye: &Eye, running: &Running, harm: F) -> Stopwatch {
     let whole = eye.settled();
     let steps = running.steps();
     let watch = Stopwatch::start(eye.netns());
     harm.await;
     // And something was written: else the harm may not have been seen yet.
     eye.until("the kernel is as before", |now| *now == whole && running.steps() > steps, &whole);
-    watch.assert_soon();
+    watch
 }
 
 impl Running {

@@ -19,6 +19,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::standstill::stand_still;
 use crate::skipping;
 
 /// What is waited for etcd at most, however loaded the machine is.
@@ -65,9 +66,8 @@ impl Member {
         }
     }
 
-    fn signal(&self, signal: Signal) {
-        let pid = self.child.as_ref().map(Pid::from_child).expect("the member runs");
-        kill_process(pid, signal).expect("our own child takes a signal");
+    fn pid(&self) -> Pid {
+        self.child.as_ref().map(Pid::from_child).expect("the member runs")
     }
 }
 
@@ -228,12 +228,12 @@ impl Etcd {
 
     /// Freezes a member: it answers nothing and hangs up on nobody.
     pub fn freeze(&self, number: usize) {
-        self.members[number].signal(Signal::STOP);
+        stand_still(self.members[number].pid());
     }
 
     /// Lets a frozen member go on.
     pub fn thaw(&self, number: usize) {
-        self.members[number].signal(Signal::CONT);
+        kill_process(self.members[number].pid(), Signal::CONT).expect("our own child takes a signal");
     }
 
     /// Options for a store with a prefix.

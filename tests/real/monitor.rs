@@ -7,12 +7,15 @@ use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use netlink_packet_route::route::RouteAttribute;
 use netlink_sys::Socket;
 use podnet_lab::Netns;
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 
 use super::eye::{message_type, messages, parse};
 
 /// `RTNLGRP_LINK`, `NEIGH`, `IPV4_IFADDR`, `IPV4_ROUTE`, `NEXTHOP`, and `NFNLGRP_NFTABLES`.
 const ROUTE_GROUPS: [u32; 5] = [1, 3, 5, 7, 32];
 const NFT_GROUP: u32 = 7;
+/// Of a socket, in bytes.
+const BUFFER: usize = 8 << 20;
 
 /// Multicast sockets in a namespace.
 pub struct Monitor {
@@ -28,7 +31,10 @@ impl Monitor {
             let open = move || -> io::Result<Socket> {
                 let mut socket = Socket::new(protocol)?;
                 socket.bind_auto()?;
-                socket.set_rx_buf_sz(8_u32 << 20)?;
+                // Beyond what the machine allows by itself, where there is the right to.
+                if set_socket_recv_buffer_size_force(&socket, BUFFER).is_err() {
+                    set_socket_recv_buffer_size(&socket, BUFFER)?;
+                }
                 socket.set_non_blocking(true)?;
                 for group in groups {
                     socket.add_membership(*group)?;

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use podnet_lab::Netns;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::standstill::stand_still;
+
 /// What is waited for before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const AS_PODNETD: &str = "--as-podnetd";
@@ -162,7 +164,7 @@ impl Daemon {
 
     /// Does something while the daemon stands still.
     pub fn held(&self, work: impl FnOnce()) {
-        kill_process(self.pid(), Signal::STOP).expect("our own child takes a signal");
+        stand_still(self.pid());
         work();
         kill_process(self.pid(), Signal::CONT).expect("our own child takes a signal");
     }

@@ -52,15 +52,27 @@ impl Stopwatch {
     }
 
     /// Stops, and fails if more than a second passed that the machine gave.
-    pub fn assert_soon(mut self) {
-        let took = self.begun.elapsed();
-        self.stop.store(true, Ordering::Relaxed);
-        let lost = self.lost.take().map_or(Duration::ZERO, |thread| thread.join().expect("the other thread"));
+    pub fn assert_soon(self) {
+        self.assert_within(SOON);
+    }
+
+    /// The same with another promise than a second.
+    pub fn assert_within(self, promised: Duration) {
+        let (took, lost) = self.stop();
         // Whoever holds that lock may be podnet itself: the busiest machine gives it some.
         assert!(
-            took.saturating_sub(lost) < slower(SOON) && took < slower(SOON * 10),
+            took.saturating_sub(lost) < slower(promised) && took < slower(promised * 10),
             "it took {took:?}, of which the machine was busy for {lost:?}"
         );
+    }
+}
+
+impl Stopwatch {
+    /// Stops: how long it took, and for how much of that the machine served nobody.
+    pub fn stop(mut self) -> (Duration, Duration) {
+        let took = self.begun.elapsed();
+        self.stop.store(true, Ordering::Relaxed);
+        (took, self.lost.take().map_or(Duration::ZERO, |thread| thread.join().expect("the other thread")))
     }
 }
 

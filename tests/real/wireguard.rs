@@ -301,7 +301,7 @@ impl Cluster {
 
     /// How many of three pings between two pods are answered.
     pub async fn answered(&self, from: usize, to: usize, family: Family) -> u64 {
-        let options = PingOptions { count: 3, timeout: slower(Duration::from_millis(500)), ..PingOptions::default() };
+        let options = PingOptions { count: 3, timeout: slower(Duration::from_secs(2)), ..PingOptions::default() };
         ping(self.pod(from).netns(), self.pod(to).ip_in(family).expect("the family"), options)
             .await
             .expect("a ping")

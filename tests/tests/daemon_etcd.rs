@@ -335,12 +335,22 @@ impl Chaos {
         let host = self.stage.lab.nodes()[index].host();
         let device = host.link(DEVICE).await.map_or(0, |link| link.index);
         let monitor = Monitor::on(host.netns(), device);
-        let (gone, new) = self.burst().await;
+        let mut told = 0;
+        let (gone, new) = {
+            let mut burst = std::pin::pin!(self.burst());
+            loop {
+                // What is told meanwhile is heard meanwhile: it could be more than a socket holds.
+                tokio::select! {
+                    changes = &mut burst => break changes,
+                    () = tokio::time::sleep(Duration::from_millis(1)) => told += monitor.events().len(),
+                }
+            }
+        };
         if !running {
             self.start(index);
         }
         let wanted = 1 + self.random.below(60) as usize;
-        let (begun, mut told) = (Instant::now(), 0);
+        let begun = Instant::now();
         while told < wanted && begun.elapsed() < slower(Duration::from_secs(2)) {
             told += monitor.events().len();
             std::hint::spin_loop();
@@ -900,7 +910,8 @@ async fn among(count: u16) {
     let first = begun.elapsed();
     daemon.until_ready();
     let ranges = requests(&stage.etcd, "Range").await - before;
-    assert_eq!(ranges, 3, "the configuration, twice, and one list");
+    // One more where a slow etcd was asked again; never one for each lease.
+    assert!((3..=4).contains(&ranges), "the configuration, twice, and one list: {ranges}");
     let begun = Instant::now();
     let dump = eye.settled();
     let looked = begun.elapsed();

@@ -16,7 +16,7 @@ use podnet_lab::demo::wireguard::private_sockets;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Family, Lab, LabSpec, Netns, Stack, wait_until};
 use podnet_tests::real::eye::Eye;
-use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, pause, podnetd, said};
+use podnet_tests::real::podnetd::{Daemon, PATIENCE, Test, eventually, pause, podnetd, said};
 use podnet_tests::real::wireguard::{WIREGUARD_GO, skipped};
 use podnet_tests::real::{self, assert_same, slower};
 use podnet_wireguard::{PrivateKey, PublicKey};
@@ -341,7 +341,7 @@ fn assert_session(line: &str, shown: &Shown) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     // Both are whole seconds, and it was a moment ago.
     let possible = now.as_secs() - shown.handshake;
-    let moment = slower(Duration::from_secs(5)).as_secs();
+    let moment = slower(Duration::from_secs(20)).as_secs();
     assert!((possible.saturating_sub(moment)..=possible).contains(&age), "{possible} s ago by wg, and {line}");
 }
 
@@ -642,7 +642,8 @@ async fn case_22_no_secret_is_in_anything_that_a_daemon_says_or_leaves() {
         let said = heard.run(&stage, index, &["-remove"], 0);
         assert!(said.contains("flannel-wg-v6"), "{said}");
         assert_same(&before[index], &eyes[index].settled());
-        assert_eq!(processes(stage.netns(index)), [], "nobody is left");
+        // A daemon ends a moment after its socket.
+        eventually("nobody is left", || processes(stage.netns(index)).is_empty());
     }
     config.hear_files(&mut heard);
     heard.assert_no_secret();

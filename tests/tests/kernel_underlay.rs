@@ -231,7 +231,7 @@ async fn fault_38_pods_talk_again_within_two_seconds_after_a_partition_and_nothi
         let port = cluster.lab.fabric_port(0);
         let whole = [0, 1, 2].map(|node| cluster.eye(node).settled());
         cluster.lab.fabric().set_down(&port).await.unwrap();
-        let parted = PingOptions { timeout: slower(Duration::from_millis(100)), ..PingOptions::default() };
+        let parted = PingOptions { timeout: slower(Duration::from_secs(1)), ..PingOptions::default() };
         for (from, to, report) in cluster.ping_pods(parted).await {
             let across = from.contains("-0-pod")
                 || to.to_string().starts_with("10.42.0.")
@@ -249,9 +249,10 @@ async fn fault_38_pods_talk_again_within_two_seconds_after_a_partition_and_nothi
         cluster.overlay(0).overlay.reconcile().await.unwrap();
         assert_same(&whole[0], &cluster.eye(0).settled());
 
+        let watch = Stopwatch::start(cluster.host(0).netns());
         cluster.lab.fabric().set_up(&port).await.unwrap();
-        let took = cluster.until_pods_talk().await;
-        assert!(took < slower(SOON * 2), "{way:?}: {took:?}");
+        cluster.until_pods_talk().await;
+        watch.assert_within(SOON * 2);
         cluster.overlay(0).until(connected(2)).await;
     }
 }

@@ -418,6 +418,8 @@ async fn a_packet_of_the_mtu_passes_whole_and_one_byte_more_is_refused() {
     let larger = ping(cluster.netns(0), cluster.pod(1).ip(), of(1381)).await.unwrap();
     assert!(larger.received == 0 && larger.too_big.is_some_and(|refusal| refusal.by.is_none()), "{larger:?}");
     // 20 of IPv4, 8 of UDP, 32 of WireGuard around 1380 bytes that are rounded up to the MTU at most: one packet of 1440 bytes.
+    let is_it = |frame: &podnet_lab::probe::Frame| frame.ip.is_some_and(|ip| ip.total_length == 1440);
+    capture.wait_for(PATIENCE, is_it).await.unwrap();
     let report = capture.report();
     let longest = report.frames.iter().filter_map(|f| f.ip).map(|ip| ip.total_length).max();
     assert_eq!((longest, report.fragments), (Some(1440), 0));

@@ -53,6 +53,10 @@ struct Node {
 
 impl Node {
     async fn new() -> Node {
+        // Or an address is news once more, when nobody else was found to have it. A kernel without IPv6 has no such files.
+        for which in ["all", "default"] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{which}/accept_dad"), "0");
+        }
         let (connection, ip, _) = rtnetlink::new_connection().unwrap();
         tokio::spawn(connection);
         let foreign = Requester::open(&NetworkNamespace::Current, NETLINK_ROUTE).unwrap();

@@ -512,7 +512,7 @@ async fn a_swapped_link_is_followed_as_kubernetes_swaps_it() {
             seen.push(told(&mut watch).await);
         }
         assert_eq!(seen.last().unwrap(), &format!("+{n}"));
-        assert!(begun.elapsed() < Duration::from_secs(3), "by notice, not by the slow look: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(4), "by notice, not by the slow look: {:?}", begun.elapsed());
     }
     // A link that leads into another folder: what happens there is noticed too.
     let elsewhere = Fixture::new(&plain(&[1, 5]));
@@ -523,7 +523,7 @@ async fn a_swapped_link_is_followed_as_kubernetes_swaps_it() {
     let begun = Instant::now();
     elsewhere.write(&plain(&[1, 5, 7, 8]));
     assert_eq!(told(&mut watch).await, "+8");
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
@@ -556,7 +556,7 @@ async fn a_whole_folder_that_is_exchanged_is_seen_by_the_slow_look() {
     std::fs::write(at("now").join("cluster.json"), plain(&[1, 2, 3])).unwrap();
     let begun = Instant::now();
     assert_eq!(told(&mut watch).await, "+3", "the new folder is the one that is watched");
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
