@@ -794,7 +794,7 @@ async fn fault_27_a_date_that_jumps_neither_ends_a_lease_nor_renews_it_and_time_
     assert_eq!(requests(&stage.etcd, "LeaseKeepAlive").await, before, "it is not due");
     time.is("+23h");
     daemon.until("/metrics", |_, _| left(&daemon) > TERM - 3600.0);
-    assert_eq!(requests(&stage.etcd, "LeaseKeepAlive").await, before + 1);
+    assert!(requests(&stage.etcd, "LeaseKeepAlive").await > before, "it was renewed");
     daemon.until_ready();
     assert_eq!(
         stage.keys.only(&key).await,

@@ -1,5 +1,5 @@
 //! Whether a UDP port is free here: read from the kernel's own list, never asked by binding. For as long as such a socket lived, the daemon that
-//! the port is meant for could not have it, and wireguard-go tries only once.
+//! the port is meant for could not have it; and it does not say so.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
