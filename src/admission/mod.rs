@@ -1,7 +1,7 @@
 //! Who may claim what. Everything that other nodes say passes here before it can become a kernel object.
 //!
 //! Pure, over the whole set of leases, and incremental: an event is judged together with those claims alone that it
-//! meets. Where two claims meet, the older keeps (see [`Precedence`]); when it goes, the younger comes in. The verdicts
+//! meets. Where two claims meet, the older keeps (see [`Precedence`](crate::lease::Precedence)); when it goes, the younger comes in. The verdicts
 //! depend on the set of leases and never on the order in which they came. Nothing here knows of the kernel or a clock.
 
 mod claims;
