@@ -114,8 +114,10 @@ impl UnitResult {
 ///
 /// # Contract
 ///
-/// - `observe` is whole or an error: an interrupted dump is repeated, never handed on. Whoever waits for others (a daemon behind a device)
-///   may leave out what is on an object that could not be read, tells that object as a conflict, and why in [`Observed::unread`].
+/// - `observe` is whole or an error: an interrupted dump is repeated, never handed on. Where the kernel does not tell of
+///   it, as with neighbours and forwarding entries, one that a list left out leads to a needless step, which changes
+///   nothing. Whoever waits for others (a daemon behind a device) may leave out what is on an object that could not be
+///   read, tells that object as a conflict, and why in [`Observed::unread`].
 /// - `apply` returns one result for each unit, in order. Units are independent; the steps of one unit are done in
 ///   order and end at its first failure. Deleting what is absent is success; creating what is there with the wanted
 ///   value is success if it is ours.

@@ -4,21 +4,42 @@
 use std::future::Future;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
+use podnet::Overlay;
 use podnet_lab::cluster::DOCKER_BRIDGE;
-use podnet_lab::{Host, Netns, Route, wait_until};
+use podnet_lab::{Host, LabError, Netns, Route, wait_until};
 use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::storm::{Churn, Storm};
 use podnet_tests::real::{DEVICE, SOON, assert_same, builder, connected, lone_host, many, turn};
 use podnet_tests::spawn;
 
+/// Peer 9's route; a list of routes goes on where it was cut through.
+async fn route_of_peer_9(host: &Host) -> Result<Option<Route>, LabError> {
+    let destination: IpNetwork = "10.64.9.0/24".parse().unwrap();
+    Ok(host.routes().await?.into_iter().find(|route| route.destination == destination))
+}
+
 /// Peer 9's route, neighbour and forwarding entry, deleted by somebody.
 async fn delete_peer_9(host: &Host) {
-    let route = Route::via("10.64.9.0/24".parse().unwrap(), [10, 64, 9, 0].into(), DEVICE).onlink();
-    let held = host.routes().await.unwrap().into_iter().find(|r| r.destination == route.destination).unwrap();
-    host.delete_route(&held).await.unwrap();
+    host.delete_route(&route_of_peer_9(host).await.unwrap().unwrap()).await.unwrap();
     host.delete_neighbour(DEVICE, [10, 64, 9, 0].into()).await.unwrap();
     host.delete_fdb(DEVICE, [2, 0, 0, 0, 0, 9]).await.unwrap();
+}
+
+/// Whether the three are there, as far as a list tells.
+async fn has_peer_9(host: &Host) -> Result<bool, LabError> {
+    let vtep = Some([10, 64, 9, 0].into());
+    Ok(route_of_peer_9(host).await?.is_some()
+        && host.neighbours(DEVICE).await?.iter().any(|neighbour| neighbour.address == vtep)
+        && host.fdb(DEVICE).await?.iter().any(|entry| entry.mac == Some([2, 0, 0, 0, 0, 9])))
+}
+
+/// What was written but neighbours and forwarding entries. The kernel tells of a list of those neither that it was cut through nor that it
+/// left one out (see `driver/netlink/observe.rs`), and what a list left out is written once more, with the value that it has.
+fn steps_that_change_something(overlay: &dyn Overlay) -> u64 {
+    let kinds = overlay.status().borrow().counters.by_kind;
+    kinds.iter().filter(|(kind, _)| !["neighbour", "fdb"].contains(kind)).map(|(_, count)| count.done).sum()
 }
 
 /// Does something elsewhere while this thread, and with it podnet's runtime, stands still.
@@ -81,23 +102,27 @@ async fn fault_30_looks_that_are_cut_through_by_others_changes_undo_nothing_and_
     running.until(connected(1000)).await;
     let eye = Eye::on(host.netns());
     let whole = eye.settled();
-    let steps = running.steps();
+    let (steps, changing) = (running.steps(), steps_that_change_something(&running.overlay));
     let churn = Churn::start(host.netns(), host.link(DOCKER_BRIDGE).await.unwrap().index);
     let (mut looks, mut cut) = (0, 0);
     while looks < 10 || cut == 0 {
         // An error is an answer: a kernel that cannot be read is no reason to write.
         if let Ok(report) = running.overlay.reconcile().await {
-            assert_eq!((report.steps, report.failed.len()), (0, 0), "{report:?}");
+            assert!(report.failed.is_empty(), "{report:?}");
         }
         looks += 1;
         cut += eye.interrupted(50);
         assert!(looks < 1000, "{cut} lists were cut through in {looks} looks");
     }
-    assert_eq!(running.steps(), steps, "nothing of ours was missing");
+    assert_eq!(steps_that_change_something(&running.overlay), changing, "nothing of ours was missing");
+    let needless = running.steps() - steps;
+    assert!(
+        needless <= looks / 10 + 1,
+        "{needless} neighbours or forwarding entries were taken for missing in {looks} looks"
+    );
     for _ in 0..3 {
-        let steps = running.steps();
         delete_peer_9(&host).await;
-        wait_until("it is made again", SOON * 30, || async { Ok(running.steps() >= steps + 3) }).await.unwrap();
+        wait_until("it is made again", SOON * 30, || has_peer_9(&host)).await.unwrap();
     }
     assert!(churn.stop() > 10);
     until(&eye, &whole).await;
