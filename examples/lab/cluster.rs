@@ -15,7 +15,7 @@ use crate::host::End;
 use crate::{Addresses, Families, Host, LabError, Netns, Networks, Pod, Route, veth};
 
 /// How long links may take to carry packets. Seen: a few milliseconds.
-pub(crate) const LINKS_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const LINKS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The node's interface on the underlay, as on Google's cloud.
 pub const UNDERLAY_INTERFACE: &str = "ens4";

@@ -1,6 +1,7 @@
 //! Harm done to a real kernel by somebody else, and its repair within a second: each fault on a node of a small cluster, with what is
 //! not podnet's as it was, and pods that talk afterwards.
 
+use futures::future::try_join_all;
 use podnet::HostSetting;
 use podnet::driver::netlink::NEXTHOP_BASE;
 use podnet::status::Status;
@@ -8,7 +9,7 @@ use podnet_lab::cluster::{GATEWAY, UNDERLAY_INTERFACE};
 use podnet_lab::host::End;
 use podnet_lab::probe::{PingOptions, ping};
 use podnet_lab::{Host, Route, veth};
-use podnet_tests::real::eye::Eye;
+use podnet_tests::real::eye::{Dump, Eye};
 use podnet_tests::real::monitor::Monitor;
 use podnet_tests::real::stopwatch::Stopwatch;
 use podnet_tests::real::{
@@ -176,11 +177,11 @@ async fn faults_02_06_07_with_nexthop_objects_too_everything_is_back_within_a_se
     let eye = Eye::on(host.netns());
     assert_eq!(eye.settled().with(&["nexthop proto 112"]).len(), 300);
     heals(&eye, &running, async { nft::delete_nexthop(host.netns(), NEXTHOP_BASE + 7) }).await;
-    let routes = host.routes().await.unwrap().into_iter().filter(|r| r.nexthop_id.is_some());
+    let mut routes = host.routes().await.unwrap();
+    routes.retain(|r| r.nexthop_id.is_some());
     heals(&eye, &running, async {
-        for route in routes {
-            host.delete_route(&route).await.unwrap();
-        }
+        // At once: one after the other they would take the most part of the second, on a busy machine.
+        try_join_all(routes.iter().map(|route| host.delete_route(route))).await.unwrap();
     })
     .await;
     heals(&eye, &running, async {
@@ -229,11 +230,16 @@ async fn fault_32_two_nodes_that_swap_their_addresses_end_exactly_swapped() {
     };
     subnets.faults().inject(at(1, "10.240.1.2"));
     subnets.faults().inject(at(2, "10.240.1.1"));
+    // A node's route is the last that comes back.
+    let swapped = |now: &Dump| {
+        now.has(&["02:00:00:00:00:01 to 10.240.1.2"])
+            && now.has(&["02:00:00:00:00:02 to 10.240.1.1"])
+            && now.with(&["neighbour Bridge dev flannel.1"]).len() == 3
+            && now.lines().len() == whole.lines().len()
+    };
+    eye.until("the two are swapped, and nothing else is there", swapped, &whole);
     running.until(connected(3)).await;
-    eye.until_has(&["02:00:00:00:00:01 to 10.240.1.2"]);
-    eye.until_has(&["02:00:00:00:00:02 to 10.240.1.1"]);
-    assert_eq!(eye.settled().with(&["neighbour Bridge dev flannel.1"]).len(), 3);
-    assert_eq!(eye.settled().lines().len(), whole.lines().len());
+    assert!(swapped(&eye.settled()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -283,6 +289,10 @@ async fn fault_10_an_underlay_that_goes_down_and_up_finds_the_overlay_untouched(
     let ours: Vec<String> =
         monitor.events().into_iter().filter(|e| !e.ends_with(" /0") && !e.contains("10.240.0.")).collect();
     assert_eq!(ours, Vec::<String>::new(), "nothing of ours was written");
+    // The wire takes packets a moment after it has its carrier.
+    host.wait_running(UNDERLAY_INTERFACE, slower(SOON * 10)).await.unwrap();
+    let port = cluster.lab.fabric_port(0);
+    cluster.lab.fabric().wait_running(&port, slower(SOON * 10)).await.unwrap();
     cluster.assert_pods_talk().await;
 }
 

@@ -5,7 +5,6 @@ use std::future::Future;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
-use podnet::Overlay;
 use podnet_lab::cluster::DOCKER_BRIDGE;
 use podnet_lab::{Host, LabError, Netns, Route, wait_until};
 use podnet_tests::real::eye::{Dump, Eye};
@@ -33,13 +32,6 @@ async fn has_peer_9(host: &Host) -> Result<bool, LabError> {
     Ok(route_of_peer_9(host).await?.is_some()
         && host.neighbours(DEVICE).await?.iter().any(|neighbour| neighbour.address == vtep)
         && host.fdb(DEVICE).await?.iter().any(|entry| entry.mac == Some([2, 0, 0, 0, 0, 9])))
-}
-
-/// What was written but neighbours and forwarding entries. The kernel tells of a list of those neither that it was cut through nor that it
-/// left one out (see `driver/netlink/observe.rs`), and what a list left out is written once more, with the value that it has.
-fn steps_that_change_something(overlay: &dyn Overlay) -> u64 {
-    let kinds = overlay.status().borrow().counters.by_kind;
-    kinds.iter().filter(|(kind, _)| !["neighbour", "fdb"].contains(kind)).map(|(_, count)| count.done).sum()
 }
 
 /// Does something elsewhere while this thread, and with it podnet's runtime, stands still.
@@ -102,7 +94,7 @@ async fn fault_30_looks_that_are_cut_through_by_others_changes_undo_nothing_and_
     running.until(connected(1000)).await;
     let eye = Eye::on(host.netns());
     let whole = eye.settled();
-    let (steps, changing) = (running.steps(), steps_that_change_something(&running.overlay));
+    let (steps, changing) = (running.steps(), running.changing_steps());
     let churn = Churn::start(host.netns(), host.link(DOCKER_BRIDGE).await.unwrap().index);
     let (mut looks, mut cut) = (0, 0);
     while looks < 10 || cut == 0 {
@@ -114,7 +106,7 @@ async fn fault_30_looks_that_are_cut_through_by_others_changes_undo_nothing_and_
         cut += eye.interrupted(50);
         assert!(looks < 1000, "{cut} lists were cut through in {looks} looks");
     }
-    assert_eq!(steps_that_change_something(&running.overlay), changing, "nothing of ours was missing");
+    assert_eq!(running.changing_steps(), changing, "nothing of ours was missing");
     let needless = running.steps() - steps;
     assert!(
         needless <= looks / 10 + 1,

@@ -43,7 +43,7 @@ fn has(list: impl BufRead, port: u16) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -85,28 +85,34 @@ mod tests {
     #[test]
     fn who_looks_takes_the_port_from_nobody() {
         in_a_namespace(|| {
+            static LOOKS: AtomicU32 = AtomicU32::new(0);
             static DONE: AtomicBool = AtomicBool::new(false);
-            let look = || {
-                let mut looks = 0;
+            let patience = Duration::from_secs(10);
+            // Of the same namespace.
+            let looking = std::thread::spawn(|| {
                 while !DONE.load(Ordering::Relaxed) {
                     let _ = is_free(51_820).unwrap();
-                    looks += 1;
+                    LOOKS.fetch_add(1, Ordering::Relaxed);
                 }
-                looks
-            };
-            // Of the same namespace.
-            let looking = std::thread::spawn(look);
-            let mut in_vain = 0;
-            for _ in 0..5_000 {
-                if UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 51_820)).is_err() {
-                    // A program that another test starts has a copy of the last one for a moment. Who asked by binding would be in the way often.
+            });
+            let port = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 51_820));
+            let (begun, mut times, mut in_vain) = (Instant::now(), 0, 0);
+            while times < 5_000 || LOOKS.load(Ordering::Relaxed) < 100 {
+                times += 1;
+                if port().is_err() {
+                    // A program that another test starts has a copy of the last one for a moment, and counts once however long that is.
+                    // Who asked by binding would be in the way often.
                     in_vain += 1;
-                    std::thread::sleep(Duration::from_millis(5));
+                    while port().is_err() {
+                        assert!(begun.elapsed() < patience, "the port stays taken");
+                        std::thread::yield_now();
+                    }
                 }
+                assert!(begun.elapsed() < patience, "{} looks beside {times} binds", LOOKS.load(Ordering::Relaxed));
             }
             DONE.store(true, Ordering::Relaxed);
-            assert!(looking.join().unwrap() > 100);
-            assert!(in_vain < 30, "it could not be had {in_vain} times of 5000");
+            looking.join().unwrap();
+            assert!(in_vain * 100 < times, "it could not be had {in_vain} times of {times}");
         });
     }
 }

@@ -1,8 +1,9 @@
 //! One look at everything: dumps first, then a pure sorting of what they hold into ours, in the way, and the host's.
 //!
 //! A dump of several parts that is cut through by a change bears the kernel's flag and is repeated; dumps of neighbours and forwarding entries
-//! bear none. The kernel goes on in them by counting, so that an entry that goes away between two parts can hide another one. What is hidden
-//! so is written once more, with the value that it has; asking twice each time, to save that, would cost more.
+//! bear none. The kernel goes on in them by counting, so that an entry that goes away between two parts can hide another one; neighbours are
+//! counted through one table of the whole machine, so that it may be in another namespace. What is hidden so is written once more, with the value
+//! that it has; asking twice each time, to save that, would cost more.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
