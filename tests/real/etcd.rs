@@ -4,15 +4,17 @@
 //! It uses Debian's `etcd`; without it a test says `skipped:`.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, GetOptions, PutOptions, WatchOptions};
+use etcd_client::{Client, ConnectOptions, Error, GetOptions, PutOptions, WatchOptions};
 use netlink_packet_route::link::LinkFlags;
 use podnet::subnet::etcd::{EtcdOptions, EtcdSubnets};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -47,8 +49,8 @@ pub struct Etcd {
 
 #[derive(Debug)]
 struct Member {
-    client: u16,
-    peer: u16,
+    client: Port,
+    peer: Port,
     child: Option<Child>,
 }
 
@@ -125,11 +127,10 @@ impl Etcd {
 
     async fn start(count: usize, more: &[String], scheme: &'static str) -> Etcd {
         loopback_up().await;
-        // A port that is free now may be another's a moment later.
+        // Who asks for a port by its number may still have one of these.
         for _ in 0..5 {
-            let ports = free_ports(count * 2);
-            let pairs = ports.chunks_exact(2);
-            let members = pairs.map(|pair| Member { client: pair[0], peer: pair[1], child: None }).collect();
+            let member = |_| Member { client: Port::free(), peer: Port::free(), child: None };
+            let members = (0..count).map(member).collect();
             let folder = tempfile::tempdir().expect("a folder");
             let mut etcd = Etcd { folder, members, more: more.to_vec(), scheme };
             (0..count).for_each(|number| etcd.start_member(number));
@@ -143,8 +144,8 @@ impl Etcd {
     /// Starts a member that does not run, with the data that it had.
     pub fn start_member(&mut self, number: usize) {
         let all: Vec<String> =
-            self.members.iter().enumerate().map(|(n, m)| format!("m{n}=http://127.0.0.1:{}", m.peer)).collect();
-        let (client, peer) = (self.members[number].client, self.members[number].peer);
+            self.members.iter().enumerate().map(|(n, m)| format!("m{n}=http://127.0.0.1:{}", m.peer.number)).collect();
+        let (client, peer) = (self.members[number].client.number, self.members[number].peer.number);
         let log = File::options().create(true).append(true).open(self.log(number)).expect("a log");
         let mut command = Command::new("etcd");
         command
@@ -167,37 +168,62 @@ impl Etcd {
         self.folder.path().join(format!("m{number}.log"))
     }
 
-    /// Whether it answers; false if a member ended.
+    /// Whether it answers, and each member that runs does; false if a member ended.
     async fn is_up(&mut self) -> bool {
-        let begun = Instant::now();
-        while begun.elapsed() < PATIENCE {
-            if self.members.iter_mut().any(|m| m.child.as_mut().is_some_and(|c| !matches!(c.try_wait(), Ok(None)))) {
+        // One member's answer is not enough: a client of all may choose another, which does not listen yet.
+        for number in 0..self.members.len() {
+            if self.members[number].child.is_some() && !self.waited_for(number).await {
                 return false;
             }
-            let answered = match self.scheme {
-                "http" => {
-                    timeout(Duration::from_secs(2), async { self.eye().await.try_list("/").await.is_some() }).await
-                }
-                _ => Ok(TcpStream::connect(self.address(0)).await.is_ok()),
-            };
-            if answered == Ok(true) {
-                return true;
+        }
+        let begun = Instant::now();
+        while !self.answers_together().await {
+            if self.a_member_ended() {
+                return false;
             }
+            assert!(begun.elapsed() < PATIENCE, "etcd does not answer:\n{}", self.logged());
             sleep(Duration::from_millis(50)).await;
         }
-        panic!("etcd does not answer:\n{}", fs::read_to_string(self.log(0)).unwrap_or_default());
+        // What answered could be another's etcd, on a port that a member did not get.
+        !self.a_member_ended()
+    }
+
+    /// Waits until a member answers; false if one ended.
+    async fn waited_for(&mut self, number: usize) -> bool {
+        let begun = Instant::now();
+        while !self.answers(number).await {
+            if self.a_member_ended() {
+                return false;
+            }
+            assert!(begun.elapsed() < PATIENCE, "member {number} does not answer:\n{}", self.logged());
+            sleep(Duration::from_millis(50)).await;
+        }
+        true
+    }
+
+    fn a_member_ended(&mut self) -> bool {
+        self.members.iter_mut().any(|m| m.child.as_mut().is_some_and(|c| !matches!(c.try_wait(), Ok(None))))
+    }
+
+    /// What all members wrote.
+    fn logged(&self) -> String {
+        (0..self.members.len()).map(|number| fs::read_to_string(self.log(number)).unwrap_or_default()).collect()
     }
 
     /// Waits until the members that run answer.
     pub async fn wait(&mut self) {
-        assert!(self.is_up().await, "a member ended:\n{}", fs::read_to_string(self.log(0)).unwrap_or_default());
-        let begun = Instant::now();
-        for number in 0..self.members.len() {
-            while self.members[number].child.is_some() && !self.answers(number).await {
-                assert!(begun.elapsed() < PATIENCE, "member {number} does not answer");
-                sleep(Duration::from_millis(50)).await;
+        assert!(self.is_up().await, "a member ended:\n{}", self.logged());
+    }
+
+    /// Whether a client of all members is answered, which most of them must agree on.
+    async fn answers_together(&self) -> bool {
+        let asked = async {
+            match self.scheme {
+                "http" => self.eye().await.try_list("/").await.is_some(),
+                _ => TcpStream::connect(self.address(0)).await.is_ok(),
             }
-        }
+        };
+        timeout(Duration::from_secs(2), asked).await == Ok(true)
     }
 
     /// Whether a member answers, asked by itself.
@@ -213,7 +239,7 @@ impl Etcd {
 
     /// Where a member listens.
     pub fn address(&self, number: usize) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, self.members[number].client).into()
+        (Ipv4Addr::LOCALHOST, self.members[number].client.number).into()
     }
 
     /// Where all members listen, as URLs.
@@ -313,14 +339,26 @@ impl Eye {
         all.remove(0)
     }
 
-    /// Writes a key, with a new etcd lease of so many seconds or without one. The revision.
+    /// Writes a key, with a new etcd lease of so many seconds or without one, once etcd takes it. The revision.
     pub async fn put(&mut self, key: &str, value: &str, seconds: Option<i64>) -> i64 {
+        let begun = Instant::now();
+        loop {
+            // A member that was started a moment ago may not take it yet, and a new leader may have to be chosen first.
+            match self.try_put(key, value, seconds).await {
+                Ok(revision) => return revision,
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{key} cannot be written: {error}"),
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn try_put(&mut self, key: &str, value: &str, seconds: Option<i64>) -> Result<i64, Error> {
         let lease = match seconds {
-            Some(seconds) => self.0.lease_grant(seconds, None).await.expect("a lease").id(),
+            Some(seconds) => self.0.lease_grant(seconds, None).await?.id(),
             None => 0,
         };
-        let put = self.0.put(key, value, Some(PutOptions::new().with_lease(lease))).await.expect("a put");
-        put.header().expect("a header").revision()
+        let put = self.0.put(key, value, Some(PutOptions::new().with_lease(lease))).await?;
+        Ok(put.header().expect("a header").revision())
     }
 
     /// Deletes a key.
@@ -336,31 +374,42 @@ impl Eye {
 
     /// Everything that ever happened below a prefix: key, and the value that was put or `None`, in order.
     pub async fn history(&mut self, prefix: &str) -> Vec<(String, Option<String>)> {
-        let end = "/end-of-history";
+        // As far as this write: whatever was written before is told before.
+        let end = self.put("/end-of-history", "", None).await;
         let begun = Instant::now();
-        // A member that was started a moment ago may not take it yet.
-        while let Err(error) = self.0.put(end, "", None).await {
-            assert!(begun.elapsed() < PATIENCE, "{error}");
+        loop {
+            // The write may have gone to another member than the watch does.
+            match self.try_history(prefix, end).await {
+                Ok(Some(history)) => return history,
+                other => assert!(begun.elapsed() < PATIENCE, "the history is not told to its end: {other:?}"),
+            }
             sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// From the beginning; `None` if the watch ended before the revision came.
+    async fn try_history(&mut self, prefix: &str, end: i64) -> Result<Option<Vec<(String, Option<String>)>>, Error> {
         let options = WatchOptions::new().with_all_keys().with_start_revision(1);
-        let mut stream = self.0.watch("", Some(options)).await.expect("a watch");
+        let mut stream = self.0.watch("", Some(options)).await?;
         let mut history = Vec::new();
-        loop {
-            let answer = stream.message().await.expect("a watch").expect("its end is told");
+        while let Some(answer) = stream.message().await? {
             assert_eq!(answer.compact_revision(), 0, "nothing was compacted");
+            if answer.canceled() {
+                break;
+            }
             for event in answer.events() {
                 let kv = event.kv().expect("a key");
-                let key = String::from_utf8_lossy(kv.key()).into_owned();
-                if key == end {
-                    return history;
+                if kv.mod_revision() >= end {
+                    return Ok(Some(history));
                 }
+                let key = String::from_utf8_lossy(kv.key()).into_owned();
                 let value = (kv.version() != 0).then(|| String::from_utf8_lossy(kv.value()).into_owned());
                 if key.starts_with(prefix) {
                     history.push((key, value));
                 }
             }
         }
+        Ok(None)
     }
 }
 
@@ -424,10 +473,24 @@ pub fn written(folder: &Path, name: &str, text: &str) -> String {
     path.display().to_string()
 }
 
-fn free_ports(count: usize) -> Vec<u16> {
-    let sockets: Vec<TcpListener> =
-        (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port")).collect();
-    sockets.iter().map(|socket| socket.local_addr().expect("its address").port()).collect()
+/// A port of the loopback that nobody else is given as a free one, also while the member that listens there is stopped.
+#[derive(Debug)]
+struct Port {
+    number: u16,
+    /// It has the port and never listens, so who connects is refused while no etcd is there. With SO_REUSEADDR, which Go sets too, etcd can
+    /// listen beside it.
+    _held: OwnedFd,
+}
+
+impl Port {
+    fn free() -> Port {
+        let held = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("a socket");
+        sockopt::set_socket_reuseaddr(&held, true).expect("an option that each socket has");
+        // With this option as well, the kernel gives a port that no socket has.
+        bind(&held, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let address = SocketAddr::try_from(getsockname(&held).expect("its address")).expect("an IP address");
+        Port { number: address.port(), _held: held }
+    }
 }
 
 /// In a network namespace that was just made, as an ordinary user's tests have it, `lo` is down.

@@ -329,6 +329,15 @@ impl Chaos {
         self.stage.write(&new, &gone).await;
     }
 
+    /// Adds peers that no burst writes, until there are more than there ever were: who knows of so many knows of all that was written.
+    async fn outgrow(&mut self) {
+        let most = self.about * 2;
+        let more = usize::from(most) + 1 - self.peers.len();
+        let new: Vec<Peer> = (most..).take(more).map(Peer::new).collect();
+        self.peers.extend(new.iter().map(|peer| (peer.number, *peer)));
+        self.stage.write(&new, &[]).await;
+    }
+
     /// Kills a daemon as soon as the kernel has told of a random number of changes that a burst made.
     async fn die_in_a_batch(&mut self, index: usize) {
         let running = self.daemons[index].is_some();
@@ -446,10 +455,12 @@ async fn chaos(etcd: Etcd, about: u16) {
         }
     }
     chaos.burst().await;
-    if about > FEW {
-        // Many have nexthop objects, and few have none any more.
-        let count = if chaos.random.below(2) == 0 { FEW - 28 } else { about + 50 };
-        chaos.resize(count.into()).await;
+    // A number that no daemon has told yet, since one that lags behind could be taken for one that is done: a burst may delete as many peers
+    // as it adds. Many have nexthop objects, and few have none any more.
+    if about > FEW && chaos.random.below(2) == 0 {
+        chaos.resize((FEW - 28).into()).await;
+    } else {
+        chaos.outgrow().await;
     }
     chaos.until_connected();
     println!(

@@ -133,6 +133,25 @@ impl Stage {
         .to_vec()
     }
 
+    /// podnetd itself, and where there are such its daemons in user space: one for each socket, as soon as that of a device that was deleted
+    /// has ended.
+    fn daemons(&self, index: usize) -> Vec<Pid> {
+        let begun = Instant::now();
+        loop {
+            let processes = processes(self.netns(index));
+            // One that ends meanwhile has none.
+            let program = |pid: &Pid| fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).ok();
+            let programs: Vec<PathBuf> = processes.iter().filter_map(program).collect();
+            let in_user_space = programs.iter().filter(|program| *program == Path::new(WIREGUARD_GO)).count();
+            let sockets = fs::read_dir(self.sockets(index)).unwrap().count();
+            if (in_user_space, programs.len(), processes.len()) == (sockets, 1 + sockets, 1 + sockets) {
+                return processes;
+            }
+            assert!(begun.elapsed() < PATIENCE, "not a daemon for each of {sockets} sockets: {programs:?}");
+            pause();
+        }
+    }
+
     /// Works in a node's network namespace, where the sockets of its daemons in user space are, and no other node's.
     fn inside<T: Send>(&self, index: usize, work: impl FnOnce() -> T + Send) -> T {
         let sockets = self.sockets(index);
@@ -577,13 +596,7 @@ async fn case_22_no_secret_is_in_anything_that_a_daemon_says_or_leaves() {
         for mode in [&["-show"][..], &["-show", "-json"], &["-plan"], &["-plan", "-json"]] {
             heard.run(&stage, index, mode, 0);
         }
-        // podnetd itself, and where there are such its daemons in user space.
-        let processes = processes(stage.netns(index));
-        let program = |pid: &Pid| fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).unwrap();
-        let sockets = fs::read_dir(stage.sockets(index)).unwrap().count();
-        let in_user_space = processes.iter().filter(|pid| program(pid) == Path::new(WIREGUARD_GO)).count();
-        assert_eq!((in_user_space, processes.len()), (sockets, 1 + sockets), "a daemon for each socket");
-        processes.into_iter().for_each(|pid| heard.process(pid));
+        stage.daemons(index).into_iter().for_each(|pid| heard.process(pid));
     }
     config.hear_files(&mut heard);
     let as_text = Value::from(psk(PSK)).to_string();
